@@ -1,0 +1,160 @@
+"""Loaders: which samples form which batch in which process."""
+
+import os
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from data_loader.dataset import EvalDataset
+from data_loader.tasks import CLASS_NAMES, check_step, get_task
+from data_loader.transforms import EvalTransform, TrainTransform, whole
+from data_loader.voc import VOC2012, LabelIndex
+from utils.config import Config
+from utils.distributed import first_process_first
+from utils.errors import UserError
+from utils.logging import log
+
+
+class TrainBatches(Sampler[list[tuple[int, int]]]):
+    """Batches of (epoch, index) keys for one process.
+
+    An epoch's order depends on (seed, epoch) alone. The batches of all processes together are that
+    order cut into pieces of batch_size * processes; the last incomplete piece is dropped, unless
+    it is the only one, which is then shared out evenly.
+    """
+
+    def __init__(self, samples: int, batch_size: int, seed: int, rank: int = 0, processes: int = 1):
+        self.samples, self.seed, self.rank, self.processes = samples, seed, rank, processes
+        self.total = min(batch_size * processes, samples)
+        if self.total < processes:
+            raise UserError(
+                f"{samples} training images cannot be shared by {processes} processes: use fewer"
+            )
+        if self.total < batch_size * processes:
+            log.warning(
+                f"only {samples} training images: one batch of {samples} instead of "
+                f"{batch_size * processes}"
+            )
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self.samples // self.total
+
+    def sizes(self) -> list[int]:
+        """Batch size of each process."""
+        return [len(part) for part in np.array_split(np.arange(self.total), self.processes)]
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.samples)
+        for b in range(len(self)):
+            batch = order[b * self.total : (b + 1) * self.total]
+            mine = np.array_split(batch, self.processes)[self.rank]
+            yield [(self.epoch, int(i)) for i in mine]
+
+
+class EvalBatches(Sampler[list[int]]):
+    """Batches fixed by the images' index in the whole split; process r takes every r-th of them."""
+
+    def __init__(self, samples: int, batch_size: int, rank: int = 0, processes: int = 1):
+        starts = range(0, samples, batch_size)[rank::processes]
+        self.batches = [list(range(s, min(s + batch_size, samples))) for s in starts]
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self.batches)
+
+
+def make_loader(dataset: Dataset, batches: Sampler, workers: int, pin: bool) -> DataLoader:
+    """A loader over those batches, its workers kept from epoch to epoch."""
+    workers = min(workers, cores())
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        pin_memory=pin and torch.cuda.is_available(),
+        persistent_workers=workers > 0,
+    )
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+class StepData:
+    """The images and labels of one step of a task, from a VOC folder."""
+
+    def __init__(self, config: Config):
+        self.config, self.seed = config.data, config.seed
+        self.task = get_task(config.task.name, config.task.setting)
+        self.step = config.task.step
+        check_step(self.task, self.step)
+        self.voc = VOC2012(self.config.data_root, config.task.idxs_path)
+        self.lists = {"train": self.voc.read_list("train"), "val": self.voc.read_list("val")}
+        self.indices = {
+            name: first_process_first(lambda images=images: self.voc.index(images, cores()))
+            for name, images in self.lists.items()
+        }
+
+    @property
+    def classes(self) -> list[int]:
+        """Number of classes of each step so far, as DeepLabV3 takes them."""
+        return [len(classes) for classes in self.task.steps[: self.step + 1]]
+
+    @property
+    def class_names(self) -> list[str]:
+        return self.task.class_names(self.step)
+
+    def groups(self, split: str) -> tuple[list[int], list[int]]:
+        """Channels reported as old and as new.
+
+        Test: background and step 0; later steps. Val: background; the classes of this step.
+        """
+        first = [0, *self.task.channels(0)]
+        if split == "val":
+            return [0], self.task.channels(self.step)
+        return first, list(range(len(first), 1 + sum(self.classes)))
+
+    def images(self, split: str, step: int | None = None) -> np.ndarray:
+        """Indices, into the list, of the images of a split (train, val, test)."""
+        step = self.step if step is None else step
+        return self.task.select(step, split, self._index(split).present)
+
+    def training(self) -> EvalDataset:
+        """The training images of this step with the train transform, before replay is added."""
+        dataset = self._dataset("train", TrainTransform(_crop(self.config.train)))
+        if not len(dataset):
+            names = ", ".join(CLASS_NAMES[c] for c in self.task.steps[self.step])
+            raise UserError(
+                f"step {self.step} of {self.task.name} ({self.task.setting}) has no training image "
+                f"in {self.voc.root}: none shows {names}"
+            )
+        return dataset
+
+    def evaluation(self, split: str) -> tuple[EvalDataset, int]:
+        """Dataset of val or test, and its batch size: 1 for whole images, whose sizes differ."""
+        settings = getattr(self.config, split)
+        if not settings.args.transform:
+            return self._dataset(split, whole), 1
+        return self._dataset(split, EvalTransform(_crop(settings))), settings.batch_size
+
+    def _index(self, split) -> LabelIndex:
+        return self.indices["train" if split == "train" else "val"]
+
+    def _dataset(self, split, transform):
+        files = self.lists["train" if split == "train" else "val"]
+        hidden = getattr(self.config, split).args.masking_value
+        table = self.task.label_table(self.step, split, hidden)
+        chosen = self.images(split)
+        ids, images, labels = (
+            [column[i] for i in chosen] for column in (files.ids, files.images, files.labels)
+        )
+        return EvalDataset(ids, images, labels, table, transform)
+
+
+def _crop(settings):
+    return settings.args.transform_args.crop_size

@@ -1,0 +1,101 @@
+"""Datasets: uint8 images and labels in channel space, one sample per (epoch, index).
+
+All randomness of a sample comes from (seed, epoch, index), so that it does not depend on workers,
+processes or the position in a batch. Normalisation happens on the device (`normalize`).
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from data_loader.memory import Memory
+from data_loader.voc import read_image, read_label
+
+MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]
+STD = (0.229, 0.224, 0.225)
+
+Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+
+
+class EvalDataset(Dataset):
+    """Images of one split with their labels in channel space."""
+
+    def __init__(self, ids, images: list[Path], labels: list[Path], table, transform: Transform):
+        self.ids, self.images, self.labels = ids, images, labels
+        self.table, self.transform = table, transform
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def load(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image uint8 [3, H, W] and label uint8 [H, W] in channels, before the transform."""
+        label = self.table[read_label(self.labels[i])]
+        return read_image(self.images[i]), torch.from_numpy(label)
+
+    def __getitem__(self, i: int) -> dict:
+        """image uint8 [3, H, W], label uint8 [H, W], id str."""
+        image, label = self.transform(*self.load(i))
+        return {"image": image.contiguous(), "label": label, "id": self.ids[i]}
+
+
+class TrainDataset(Dataset):
+    """Training images of a step, followed by the entries of its memory."""
+
+    def __init__(
+        self,
+        images: EvalDataset,
+        memory: Memory | None,
+        seed: int,
+        draw: Callable[[np.random.Generator], torch.Tensor] | None = None,
+    ):
+        """draw: makes the numbers that a sample's pastes use, from the sample's generator."""
+        self.images, self.memory, self.seed, self.draw = images, memory, seed, draw
+
+    def __len__(self) -> int:
+        return len(self.images) + (len(self.memory) if self.memory else 0)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict:
+        """Sample of (epoch, index).
+
+        image uint8 [3, S, S], label uint8 [S, S], id str, replayed bool (from the memory), alone
+        bool (an instance without background: the image counts only where label > 0), numbers
+        float32 (with draw).
+        """
+        epoch, i = key
+        generator = np.random.default_rng((self.seed, epoch, i))
+        stored = i - len(self.images)
+        replayed = stored >= 0
+        if replayed:
+            image, label = self.memory.replay(stored)
+            name = self.memory.entries[stored].id
+        else:
+            image, label = self.images.load(i)
+            name = self.images.ids[i]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(generator.integers(2**62)))
+            image, label = self.images.transform(image, label)
+        sample = {"image": image.contiguous(), "label": label, "id": name, "replayed": replayed}
+        sample["alone"] = replayed and self.memory.instances
+        if self.draw:
+            sample["numbers"] = self.draw(generator)
+        return sample
+
+
+def normalize(
+    image: torch.Tensor, label: torch.Tensor | None = None, alone: torch.Tensor | None = None
+) -> torch.Tensor:
+    """uint8 [N, 3, H, W] to float32, ImageNet mean and std, channels last in memory.
+
+    Images marked in `alone` (bool [N]) become exactly 0 where label (uint8 [N, H, W]) shows no
+    class: replayed instances have no background.
+    """
+    mean = torch.tensor(MEAN, device=image.device).view(1, 3, 1, 1) * 255
+    std = torch.tensor(STD, device=image.device).view(1, 3, 1, 1) * 255
+    pixels = image.float().sub_(mean).div_(std)
+    if alone is not None:
+        empty = alone[:, None, None] & ((label == 0) | (label == 255))
+        pixels.masked_fill_(empty[:, None], 0.0)
+    return pixels.contiguous(memory_format=torch.channels_last)

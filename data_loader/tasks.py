@@ -1,0 +1,143 @@
+"""Tasks: which classes come in which step, and what a step sees of an image's label.
+
+Pure: names, tuples and arrays, no files. Classes are VOC numbers 1..20; *channels* number them in
+learning order, so that logit channel k belongs to the k-th class learned and 0 to the background.
+"""
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from utils.errors import UserError
+
+NUM_CLASSES = 20
+VOID = 255
+CLASS_NAMES = tuple(
+    ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
+)
+SETTINGS = ("overlap", "disjoint", "sequential")
+PUBLISHED = ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3")
+
+# Class orders of the tasks 15-1_b .. 15-1_w.
+ORDERS = {
+    "b": "12 9 20 7 15 8 14 16 5 19 4 1 13 2 11 17 3 6 18 10",
+    "c": "13 19 15 17 9 8 5 20 4 3 10 11 18 16 7 12 14 6 1 2",
+    "d": "15 3 2 12 14 18 20 16 11 1 19 8 10 7 17 6 5 13 9 4",
+    "e": "7 5 3 9 13 12 14 19 10 2 1 4 16 8 17 15 18 6 11 20",
+    "f": "7 13 5 11 9 2 15 12 14 3 20 1 16 4 18 8 6 10 19 17",
+    "g": "7 5 9 1 15 18 14 3 20 10 4 19 11 17 16 12 8 6 2 13",
+    "h": "12 9 19 6 4 10 5 18 14 15 16 3 8 7 11 13 2 20 17 1",
+    "i": "13 10 15 8 7 19 4 3 16 12 14 11 5 20 6 2 18 9 17 1",
+    "j": "1 14 9 5 2 15 8 20 6 16 18 7 11 10 19 3 4 17 12 13",
+    "k": "16 13 1 11 12 18 6 14 5 3 7 9 20 19 15 4 2 10 8 17",
+    "l": "10 7 6 19 16 8 17 1 14 4 9 3 15 11 12 2 18 20 13 5",
+    "m": "18 4 14 17 12 10 7 3 9 1 8 15 6 13 2 5 11 20 16 19",
+    "n": "5 4 13 18 14 10 19 15 7 9 3 2 8 16 20 1 12 11 6 17",
+    "o": "9 12 13 18 7 1 15 17 10 8 4 5 20 16 6 14 19 11 2 3",
+    "p": "9 12 13 18 2 11 15 17 10 8 4 5 20 16 6 14 19 1 7 3",
+    "q": "3 14 13 18 2 11 15 17 10 8 4 5 20 16 6 12 19 1 7 9",
+    "r": "3 14 13 1 2 11 15 17 7 8 4 5 9 16 19 12 6 18 10 20",
+    "s": "3 14 6 1 2 11 12 17 7 20 4 5 9 16 19 15 13 18 10 8",
+    "t": "3 15 13 1 2 11 18 17 7 20 8 5 9 16 19 14 6 12 10 4",
+    "u": "3 15 13 14 6 11 18 17 7 20 8 4 9 16 10 1 2 12 19 5",
+    "v": "1 2 12 14 6 19 18 17 5 20 8 4 9 16 10 3 15 13 11 7",
+    "w": "1 2 12 14 13 19 18 7 11 20 8 4 9 16 10 3 15 6 5 17",
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task: its steps' classes (VOC numbers) in learning order, and its setting."""
+
+    name: str
+    setting: str
+    steps: tuple[tuple[int, ...], ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """All classes in learning order: channel k is order[k - 1]."""
+        return self.seen(len(self.steps) - 1)
+
+    def seen(self, step: int) -> tuple[int, ...]:
+        """Classes of steps 0..step, in learning order; none for step -1."""
+        return tuple(c for classes in self.steps[: step + 1] for c in classes)
+
+    def channels(self, step: int) -> list[int]:
+        """Channels of the classes of one step."""
+        first = len(self.seen(step - 1)) + 1
+        return list(range(first, first + len(self.steps[step])))
+
+    def class_names(self, step: int) -> list[str]:
+        """Names by channel, background first, of all classes seen at a step."""
+        return [CLASS_NAMES[c] for c in (0, *self.seen(step))]
+
+    def visible(self, step: int, split: str) -> tuple[int, ...]:
+        """Classes whose labels are shown: C^t, or C^0..C^t for test and in setting sequential."""
+        if split == "test" or (split == "train" and self.setting == "sequential"):
+            return self.seen(step)
+        return self.steps[step]
+
+    def label_table(self, step: int, split: str, hidden: int = 0) -> np.ndarray:
+        """Table uint8 [256] from VOC labels to channels; void stays, hidden classes get `hidden`."""
+        table = np.full(256, hidden, dtype=np.uint8)
+        table[0], table[VOID] = 0, VOID
+        for c in self.visible(step, split):
+            table[c] = self.order.index(c) + 1
+        return table
+
+    def select(self, step: int, split: str, present: np.ndarray) -> np.ndarray:
+        """Indices of the images of a step.
+
+        present: bool [images, 21], true where an image shows a class (VOC numbers, of all labels).
+        Train and val: images that show a class of C^t (disjoint and sequential: and, for train,
+        no class of a later step). Test: images that show a class of C^0..C^t.
+        """
+        shown = self.seen(step) if split == "test" else self.steps[step]
+        chosen = present[:, list(shown)].any(axis=1)
+        if split == "train" and self.setting != "overlap":
+            later = [c for c in self.order if c not in self.seen(step)]
+            chosen &= ~present[:, later].any(axis=1)
+        return np.flatnonzero(chosen)
+
+
+def get_task(name: str, setting: str) -> Task:
+    """The task of that name, or UserError saying which exist.
+
+    Names: A-B (A classes first, then B at a time, up to 20), 15-1_b .. 15-1_w, joint.
+    """
+    if setting not in SETTINGS:
+        raise UserError(f"unknown setting {setting!r}: choose {', '.join(SETTINGS)}")
+    order, sizes = _parse(name)
+    steps, start = [], 0
+    for size in sizes:
+        steps.append(tuple(order[start : start + size]))
+        start += size
+    return Task(name, setting, tuple(steps))
+
+
+def _parse(name):
+    order = list(range(1, NUM_CLASSES + 1))
+    if name == "joint":
+        return order, [NUM_CLASSES]
+    match = re.fullmatch(r"(\d+)-(\d+)(?:_([b-w]))?", name)
+    if match:
+        base, increment = int(match[1]), int(match[2])
+        left = NUM_CLASSES - base
+        if match[3] and (base, increment) == (15, 1):
+            order = [int(c) for c in ORDERS[match[3]].split()]
+        divides = increment > 0 and base > 0 and left >= increment and left % increment == 0
+        if divides and (not match[3] or (base, increment) == (15, 1)):
+            return order, [base] + [increment] * (left // increment)
+    raise UserError(
+        f"unknown task {name!r}: choose {', '.join(PUBLISHED)} or another A-B where B divides 20-A, "
+        "15-1_b .. 15-1_w, or joint"
+    )
+
+
+def check_step(task: Task, step: int) -> None:
+    """Raise UserError if the task has no such step."""
+    if not 0 <= step < len(task.steps):
+        raise UserError(
+            f"task {task.name} has no step {step}: its steps are 0 to {len(task.steps) - 1}"
+        )

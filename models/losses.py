@@ -1,0 +1,135 @@
+"""Losses on stride-16 logits: BCE on sparse soft labels, and distillation.
+
+Soft labels are sparse: a base label and, per pasted instance, a class and a weight map. BCE is linear
+in its target, so that no tensor of one-hot targets is ever built. The losses go through the batch
+image by image, taking the gradient of each image at once, so that full-size logits of the whole batch
+never exist together and memory does not grow with the batch. All arithmetic is float32 or wider.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from models.deeplabv3 import upsample_logits
+
+VOID = 255
+
+
+@dataclass
+class SoftLabels:
+    """What each pixel shows: a base label, and up to K pasted instances over it.
+
+    base: uint8 [N, H, W], channels, 255 void. classes: int64 [N, K], channel of each paste.
+    weights: float [N, K, H, W], the share of each paste in a pixel; the base label has the rest.
+    """
+
+    base: torch.Tensor
+    classes: torch.Tensor
+    weights: torch.Tensor
+
+    @classmethod
+    def hard(cls, label: torch.Tensor) -> "SoftLabels":
+        """Labels without any paste."""
+        n, h, w = label.shape
+        classes = torch.zeros(n, 0, dtype=torch.int64, device=label.device)
+        return cls(label, classes, torch.zeros(n, 0, h, w, device=label.device))
+
+
+def bce_sum(
+    logits: torch.Tensor,
+    base: torch.Tensor,
+    classes: torch.Tensor,
+    weights: torch.Tensor,
+    pos_weight: float = 1.0,
+) -> torch.Tensor:
+    """Binary cross entropy of one image, summed over channels and non-void pixels (METHOD 3).
+
+    logits [C, H, W]; base, classes [K], weights [K, H, W] of SoftLabels. pos_weight p multiplies the
+    positive term of foreground channels. With target t a channel costs
+    softplus(z) + t * ((p - 1) * softplus(z) - p * z), and t is zero but for the labels named.
+    """
+    valid = base != VOID
+    base = torch.where(valid, base, 0).long()[None]
+    z_base, z_pastes = logits.gather(0, base)[0], logits[classes]
+    gain = weights.sum(dim=0).sub(1).mul(z_base) - (weights * z_pastes).sum(dim=0)
+    if pos_weight != 1:
+        foreground = (1 - weights.sum(dim=0)) * (base[0] > 0)
+        extra = foreground * (F.softplus(z_base) - z_base)
+        extra = extra + (weights * (F.softplus(z_pastes) - z_pastes)).sum(dim=0)
+        gain = gain + (pos_weight - 1) * extra
+    return ((F.softplus(logits).sum(dim=0) + gain) * valid).sum()
+
+
+def distillation_sum(
+    logits: torch.Tensor,
+    teacher: torch.Tensor,
+    base: torch.Tensor,
+    covered: torch.Tensor,
+    mode: str = "rskd",
+    region: str = "all",
+) -> torch.Tensor:
+    """Distillation of one image, summed over non-void pixels (METHOD 5, L_rskd).
+
+    logits [C, H, W] of the student, teacher [S, H, W]: channels S..C-1 are the new classes.
+    base: uint8 [H, W] given labels. covered: bool [H, W], where an instance was pasted.
+    The cost of a pixel is -(1/S) sum_c p_teacher(c) log q(c), with p and q from the softmax over all
+    channels and q(c) = p_student(c) for old classes. q(background) is, by mode:
+    plain: p_student(background); unbiased: that plus the new classes; rskd: as plain, but on new
+    pixels the new classes alone, or where an instance covers them, as unbiased.
+    region "new" counts only new pixels that no instance covers.
+    """
+    old = teacher.shape[0]
+    valid = base != VOID
+    is_new = valid & (base >= old)
+    background = logits[0]
+    if mode != "plain":
+        new = logits[old:].logsumexp(dim=0)
+        both = torch.logaddexp(background, new)
+        if mode == "unbiased":
+            background = both
+        else:
+            background = torch.where(is_new, torch.where(covered, both, new), background)
+    p = teacher.softmax(dim=0)
+    expected = p[0] * background + (p[1:] * logits[1:old]).sum(dim=0)
+    counted = is_new & ~covered if region == "new" else valid
+    return ((logits.logsumexp(dim=0) - expected) * counted).sum() / old
+
+
+class _ImageByImage(torch.autograd.Function):
+    """Sum over images of weighted loss parts; the gradient is taken image by image on the way."""
+
+    @staticmethod
+    def forward(ctx, logits, size, parts_of, weights):
+        gradient = torch.empty_like(logits)
+        total = torch.zeros_like(weights)
+        for i in range(len(logits)):
+            with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
+                leaf = logits[i : i + 1].detach().to(weights.dtype).requires_grad_()
+                parts = parts_of(i, upsample_logits(leaf, size)[0])
+                (gradient[i : i + 1],) = torch.autograd.grad((parts * weights).sum(), leaf)
+            total += parts.detach()
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(total)
+        return (total * weights).sum(), total
+
+    @staticmethod
+    def backward(ctx, outer, _):
+        (gradient,) = ctx.saved_tensors
+        return gradient * outer, None, None, None
+
+
+def sum_over_images(
+    logits: torch.Tensor,
+    size: tuple[int, int],
+    parts_of: Callable[[int, torch.Tensor], torch.Tensor],
+    weights: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and parts of a batch, image by image.
+
+    logits [N, C, h, w]; parts_of(i, full-size logits [C, H, W] of image i) gives the loss parts [P];
+    weights [P], float32 or float64, sets the precision. Returns the weighted sum, differentiable
+    with respect to logits, and the parts summed over images, [P], without gradient.
+    """
+    return _ImageByImage.apply(logits, size, parts_of, weights)

@@ -1,0 +1,248 @@
+"""Write a small synthetic data set in the VOC2012 segmentation layout.
+
+Each of the 20 classes has a look of its own: a hue (classes next to each other in id are 126
+degrees apart), a shape and a texture, pastel for even ids and saturated for odd ones. Two classes
+that are next to each other in hue differ in all the rest. Backgrounds and distractors use the same
+shapes and textures with hardly any colour.
+
+The pixels before encoding are a function of (seed, split, index, size) alone, the same on every
+machine: the random numbers are integers and 53-bit fractions of PCG64, rotations are rational
+(c = (1 - t^2) / (1 + t^2), s = 2t / (1 + t^2)), and arrays see nothing but + - * /, floor, abs
+and comparisons, for which IEEE 754 leaves no choice of rounding. `Generator.uniform`, `sin`, `pow`
+and sums over arrays are left out on purpose: compilers and SIMD units may round them differently.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator, default_rng
+from PIL import Image
+
+Spot = tuple[float, float]
+CLASSES = 20
+VOID = 255
+TRAIN, VAL = 0, 1
+OBJECT_COUNTS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 4)
+
+
+def fraction(x: np.ndarray) -> np.ndarray:
+    """The part after the point, float64 in [0, 1)."""
+    return x - np.floor(x)
+
+
+def bump(x: np.ndarray) -> np.ndarray:
+    """One parabola a period: 0 at whole numbers, 1/4 half way between, float64."""
+    return fraction(x) * (1 - fraction(x))
+
+
+# Bool [...], inside the shape, from coordinates right and down, float64 [...], in radii.
+SHAPES = (
+    lambda u, v: u * u + v * v <= 1,  # disc
+    lambda u, v: (abs(u) <= 1) & (abs(v) <= 0.75),  # box
+    lambda u, v: (v <= 0.85) & (2 * abs(u) <= 1.1 * v + 1.25),  # triangle
+    lambda u, v: (abs(u) <= 0.42) & (abs(v) <= 1.1) | (abs(u) <= 1.1) & (abs(v) <= 0.42),  # cross
+    lambda u, v: abs(u) + abs(v) <= 1.25,  # diamond
+    lambda u, v: abs(u * u + v * v - 0.7) <= 0.5,  # ring
+    lambda u, v: (u * u + v * v <= 1.3) & (u * u + v * v - 1.5 * u >= 0.04),  # crescent
+)
+# Bool [...], where the pattern colour goes, from the same coordinates in periods.
+TEXTURES = (
+    lambda a, b: a > np.inf,  # plain
+    lambda a, b: fraction(a) < 0.5,  # stripes
+    lambda a, b: bump(a) + bump(b) > 0.39,  # dots
+    lambda a, b: (fraction(a) < 0.5) ^ (fraction(b) < 0.5),  # checks
+    lambda a, b: fraction(0.4 * (a * a + b * b)) < 0.5,  # rings
+)
+
+
+def between(rng: Generator, low: float, high: float) -> float:
+    """A uniform number in [low, high), rounded the same way on every machine."""
+    return low + (high - low) * float(rng.random())
+
+
+def voc_palette() -> list[int]:
+    """The PASCAL VOC colour map: 256 * 3 integers in 0..255, red, green, blue by turns."""
+    return [
+        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+        for index in range(256)
+        for channel in range(3)
+    ]
+
+
+def hsv_to_rgb(hue: float, saturation: float, value: float) -> list[float]:
+    """Red, green and blue in 0..255 for a hue in degrees, saturation and value in 0..1."""
+    turns = ((offset + hue / 60) % 6 for offset in (5, 3, 1))
+    return [255 * value * (1 - saturation * max(0.0, min(k, 4 - k, 1.0))) for k in turns]
+
+
+def class_tones(rng: Generator, class_id: int) -> np.ndarray:
+    """Ground and pattern colour of one object of a class: float64 [2, 3] in 0..255."""
+    hue = 18 * (7 * class_id % CLASSES) + between(rng, -4, 4)
+    saturation, values = (0.92, (0.58, 0.92)) if class_id % 2 else (0.52, (0.94, 0.60))
+    saturation += between(rng, -0.06, 0.06)
+    light = between(rng, 0.88, 1.06)
+    return np.array([hsv_to_rgb(hue, saturation, value * light) for value in values])
+
+
+def grey_tones(rng: Generator) -> np.ndarray:
+    """Two colours of hardly any saturation: float64 [2, 3] in 0..255."""
+    hue, saturation = between(rng, 0, 360), between(rng, 0, 0.12)
+    return np.array([hsv_to_rgb(hue, saturation, between(rng, 0.2, 0.9)) for _ in range(2)])
+
+
+def paint(
+    rng: Generator, image: np.ndarray, look: int, tones: np.ndarray, centre: Spot, radius: float
+) -> np.ndarray:
+    """Draw one object into `image` (float64 [H, W, 3], in place); returns its mask, bool [H, W].
+
+    `look` in 0..34 picks shape and texture, `tones` (float64 [2, 3]) the colours; rotation, aspect,
+    shade and texture phase are drawn. One object in eight is cut in two along a diagonal.
+    """
+    row, column = np.ogrid[: image.shape[0], : image.shape[1]]
+    down, right = (row - centre[0]) / radius, (column - centre[1]) / radius
+    t = between(rng, -0.4, 0.4)
+    cosine, sine = (1 - t * t) / (1 + t * t), 2 * t / (1 + t * t)
+    stretch, mirror = between(rng, 0.85, 1.18), 1 - 2 * int(rng.integers(2))
+    u = (cosine * right + sine * down) * (stretch * mirror)
+    v = (cosine * down - sine * right) / stretch
+    gap = 0.25 if rng.integers(8) == 0 else 0.0
+    mask = SHAPES[look % 7](u, v) & (abs(u + v) >= gap)
+    u, v = u[mask], v[mask]
+    period = between(rng, 0.42, 0.58)
+    a, b = (x / period + between(rng, -0.5, 0.5) for x in (u, v))
+    shade = 1 + between(rng, -0.12, 0.12) * u + between(rng, -0.12, 0.12) * v
+    image[mask] = tones[TEXTURES[look % 5](a, b).astype(np.intp)] * shade[:, None]
+    return mask
+
+
+def background(rng: Generator, height: int, width: int) -> np.ndarray:
+    """A gradient of low saturation with coarse noise and grey shapes: float64 [H, W, 3]."""
+    row, column = np.ogrid[:height, :width]
+    slope = between(rng, 0, 1)
+    mix = slope * row / height + (1 - slope) * column / width
+    first, second = grey_tones(rng)
+    image = first + (second - first) * mix[:, :, None]
+    cell = int(rng.integers(3, 13))
+    coarse = rng.integers(-20, 21, (height // cell + 1, width // cell + 1))
+    image += coarse.repeat(cell, 0).repeat(cell, 1)[:height, :width, None]
+    for _ in range(rng.integers(2, 6)):
+        centre = between(rng, 0, height), between(rng, 0, width)
+        radius = between(rng, 0.1, 0.35) * min(height, width)
+        paint(rng, image, int(rng.integers(35)), grey_tones(rng), centre, radius)
+    return image
+
+
+def canvas_size(rng: Generator, size: int) -> tuple[int, int]:
+    """(height, width): the longer side between `size` and 1.25 * `size`, square or not."""
+    longer = size * int(rng.integers(8, 11)) // 8
+    numerator, denominator = ((1, 1), (3, 4), (3, 4), (2, 3))[rng.integers(4)]
+    shorter = longer * numerator // denominator
+    return (longer, shorter) if rng.integers(3) == 0 else (shorter, longer)
+
+
+def draw_classes(seed: int, split: int, index: int, count: int) -> list[int]:
+    """Class ids of the `count` <= 4 objects of an image; twice the same one now and then.
+
+    Every 20 images share four shuffled decks of all the classes, and each object of an image takes
+    its card from another deck, so all classes are drawn about equally often.
+    """
+    block, card = divmod(index, CLASSES)
+    decks = np.tile(np.arange(1, CLASSES + 1), (4, 1))
+    return default_rng((seed, split, block, 1)).permuted(decks, axis=1)[:count, card].tolist()
+
+
+def free_spot(rng: Generator, taken: list[Spot], height: int, width: int) -> Spot:
+    """The centre (row, column), of five drawn at random, that is farthest from those taken."""
+
+    def clearance(spot: Spot) -> float:
+        offsets = ((spot[0] - row, spot[1] - column) for row, column in taken)
+        return min((down * down + right * right for down, right in offsets), default=0.0)
+
+    draws = ((between(rng, 0.16, 0.84), between(rng, 0.16, 0.84)) for _ in range(5))
+    return max(((down * height, right * width) for down, right in draws), key=clearance)
+
+
+def outlines(instances: np.ndarray, width: int) -> np.ndarray:
+    """Bool [H, W]: pixels at most `width` steps from another instance id (int [H, W])."""
+    edge = np.zeros(instances.shape, bool)
+    for step in range(1, width + 1):
+        for ids, out in ((instances, edge), (instances.T, edge.T)):
+            differs = ids[step:] != ids[:-step]
+            out[step:] |= differs
+            out[:-step] |= differs
+    return edge
+
+
+def render(seed: int, split: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Image `index` of a split: pixels uint8 [H, W, 3] and label uint8 [H, W] (0..20 and 255)."""
+    rng = default_rng((seed, split, index))
+    height, width = canvas_size(rng, size)
+    image = background(rng, height, width)
+    label, instances = np.zeros((2, height, width), np.uint8)
+    count = OBJECT_COUNTS[rng.integers(10)]
+    taken: list[Spot] = []
+    for number, class_id in enumerate(draw_classes(seed, split, index, count), start=1):
+        centre = free_spot(rng, taken, height, width)
+        taken.append(centre)
+        radius = between(rng, 0.22, 0.38) * (1.08 - 0.08 * count) * min(height, width)
+        mask = paint(rng, image, class_id, class_tones(rng, class_id), centre, radius)
+        label[mask], instances[mask] = class_id, number
+    label[outlines(instances, max(1, size // 128))] = VOID
+    image += rng.integers(-9, 10, (height, width, 1))
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8), label
+
+
+def make_synthetic_voc(
+    output: Path, train: int = 700, val: int = 150, size: int = 128, seed: int = 0
+) -> Path:
+    """Write the data set into `output`, a new or empty folder, and return `output`.
+
+    Raises ValueError for an impossible number and FileExistsError for a folder that is not empty.
+    """
+    least = {"train": (train, 0), "val": (val, 0), "size": (size, 32), "seed": (seed, 0)}
+    for flag, (value, minimum) in least.items():
+        if value < minimum:
+            raise ValueError(f"--{flag} must be at least {minimum}, not {value}")
+    output = Path(output)
+    if output.exists() and any(output.iterdir()):
+        raise FileExistsError(f"{output} is not empty: name a new folder or empty this one first")
+    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (output / folder).mkdir(parents=True, exist_ok=True)
+    palette = voc_palette()
+    for split, name, year, count in ((TRAIN, "train_aug", 2007, train), (VAL, "val", 2008, val)):
+        lines = []
+        for index in range(count):
+            image, label = render(seed, split, index, size)
+            jpeg = f"/JPEGImages/{year}_{index:06d}.jpg"
+            png = f"/SegmentationClassAug/{year}_{index:06d}.png"
+            Image.fromarray(image).save(f"{output}{jpeg}", quality=92)
+            indexed = Image.fromarray(label)
+            indexed.putpalette(palette)
+            indexed.save(f"{output}{png}")
+            lines.append(f"{jpeg} {png}\n")
+        (output / f"ImageSets/Segmentation/{name}.txt").write_text("".join(lines))
+    return output
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description="Write a synthetic data set in VOC2012 layout.")
+    parser.add_argument("--output", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--train", type=int, default=700, help="training images (%(default)s)")
+    parser.add_argument("--val", type=int, default=150, help="validation images (%(default)s)")
+    parser.add_argument("--size", type=int, default=128, help="longer side, up to 1.25 times this")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    args = parser.parse_args(argv)
+    try:
+        make_synthetic_voc(args.output, args.train, args.val, args.size, args.seed)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{args.output}: {args.train} training and {args.val} validation images")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

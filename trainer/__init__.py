@@ -1,0 +1,1 @@
+"""The algorithm: the loop, and one class per kind of step."""

@@ -1,0 +1,48 @@
+"""Evaluation: one confusion matrix, each image counted once, in float32."""
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data_loader.data_loaders import EvalBatches, StepData, make_loader
+from data_loader.dataset import normalize
+from models.deeplabv3 import predict
+from utils.checkpoint import write_atomically
+from utils.distributed import all_sum, rank, world_size
+from utils.metrics import ConfusionMatrix, compute_metrics
+
+
+@torch.inference_mode()
+def confusion_matrix(model: nn.Module, data: StepData, split: str, device: torch.device):
+    """Confusion matrix int64 [C, C] of a split over all processes, as a NumPy array.
+
+    Batches are fixed by the images' index in the split and arithmetic is float32 without TF32, so
+    that the numbers do not depend on how the evaluation was started.
+    """
+    dataset, batch_size = data.evaluation(split)
+    batches = EvalBatches(len(dataset), batch_size, rank(), world_size())
+    loader = make_loader(dataset, batches, data.config.num_workers, data.config.pin_memory)
+    matrix = ConfusionMatrix(1 + sum(model.classes), device)
+    was_training = model.training
+    model.eval()
+    with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+        for batch in loader:
+            images = normalize(batch["image"].to(device, non_blocking=True))
+            label = batch["label"].to(device, non_blocking=True)
+            matrix.update(label, predict(model(images)))
+    model.train(was_training)
+    return all_sum(matrix.counts).cpu().numpy()
+
+
+def evaluate(model: nn.Module, data: StepData, split: str, device: torch.device) -> dict:
+    """Metrics of a split (utils.metrics.compute_metrics), equal in every process."""
+    counts = confusion_matrix(model, data, split, device)
+    return compute_metrics(counts, data.class_names, *data.groups(split))
+
+
+def write_metrics(path: Path, metrics: dict) -> None:
+    """metrics.json: the metrics as they are, to the last digit."""
+    text = json.dumps(metrics, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,104 @@
+"""One call of an entry point, in one process: train a step, or evaluate a checkpoint."""
+
+import json
+from pathlib import Path
+
+from data_loader.data_loaders import StepData
+from models.deeplabv3 import DeepLabV3
+from trainer.base import parse_monitor
+from trainer.base_step import BaseStep
+from trainer.evaluate import evaluate, write_metrics
+from utils.arguments import Run
+from utils.checkpoint import final_checkpoint, load_weights, read_checkpoint, write_atomically
+from utils.config import Config, differences, load_config
+from utils.distributed import barrier, device, rank
+from utils.errors import UserError
+from utils.logging import log, set_up_logging
+from utils.metrics import format_table
+
+
+def train(config: Config, run: Run) -> None:
+    """Train the configured step, unless it is finished, and evaluate it."""
+    folder = config.step_dir()
+    if run.test:
+        _start_log(config, run, None)
+        checkpoint = Path(run.resume) if run.resume else _finished_checkpoint(folder)
+        _evaluate(config, checkpoint, run.output)
+        return
+    if config.trainer.monitor != "off":
+        parse_monitor(config.trainer.monitor)
+    resume = _where_to_start(config, run)
+    if resume == "finished":
+        return
+    data = StepData(config)
+    barrier()
+    _start_log(config, run, config.step_dir(kind="log"))
+    trainer = BaseStep(config, data, resume)
+    if rank() == 0:
+        (folder / "metrics.json").unlink(missing_ok=True)
+        write_config(folder / "config.json", config)
+    trainer.fit()
+
+
+def evaluate_checkpoint(config: Config, run: Run) -> None:
+    """Evaluate a checkpoint on the test images of its step."""
+    _start_log(config, run, None)
+    _evaluate(config, Path(run.resume), run.output)
+
+
+def _evaluate(config, path, output):
+    data = StepData(config)
+    model = DeepLabV3(data.classes, config.arch.args.backbone)
+    load_weights(model, read_checkpoint(path)["state_dict"], path)
+    model.to(device())
+    metrics = evaluate(model, data, "test", device())
+    log.info(format_table(metrics, *data.groups("test")))
+    if output and rank() == 0:
+        write_metrics(Path(output), metrics)
+        log.info(f"\nmetrics     {output}")
+
+
+def _start_log(config, run, folder):
+    set_up_logging(folder, config.trainer.verbosity, rank() == 0)
+    if run.ignored:
+        log.warning(f"ignored keys of the configuration: {', '.join(run.ignored)}")
+
+
+def _finished_checkpoint(folder):
+    path = final_checkpoint(folder)
+    if path is None:
+        raise UserError(f"nothing to evaluate in {folder}: train the step first, or give -r PATH")
+    return path
+
+
+def _where_to_start(config, run):
+    """Checkpoint to resume from, None to start anew, or 'finished'; refuses to lose a started run."""
+    folder = config.step_dir()
+    last = folder / "last.pth"
+    if run.overwrite:
+        return None
+    if (folder / "metrics.json").is_file() and (folder / "config.json").is_file():
+        changed = differences(load_config(folder / "config.json")[0], config)
+        if changed:
+            raise UserError(
+                f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
+                "another --name, or --overwrite it"
+            )
+        if rank() == 0:
+            print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
+        return "finished"
+    if run.resume == "auto":
+        return last if last.is_file() else None
+    if run.resume:
+        return Path(run.resume)
+    if last.is_file():
+        raise UserError(
+            f"{folder} holds an unfinished step: --resume auto goes on with it, --overwrite starts anew"
+        )
+    return None
+
+
+def write_config(path: Path, config: Config) -> None:
+    """config.json beside the checkpoints: the whole configuration as it was used."""
+    text = json.dumps(config.to_dict(), indent=4) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))

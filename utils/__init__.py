@@ -1,0 +1,1 @@
+"""What any trainer needs: configuration, checkpoints, processes, logs, metrics. Knows no CSS."""

@@ -1,0 +1,140 @@
+"""Processes: one way to start them, and the few collectives that training uses.
+
+A run is one process without a group, or one process per GPU started here, or whatever torchrun
+started. Without CUDA the group is gloo.
+"""
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from utils.config import Config
+from utils.errors import UserError, exit_with
+
+
+def launch(worker: Callable, config: Config, *arguments) -> None:
+    """Run worker(config, *arguments) in every process of this run; UserError ends it with code 2."""
+    gpus = torch.cuda.device_count()
+    if not gpus:
+        print(_why_no_gpu(), file=sys.stderr) if _is_first() else None
+    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        _run(None, worker, config, None, *arguments)
+    elif config.multiprocessing_distributed and gpus * config.world_size > 1:
+        url = config.dist_url or f"tcp://127.0.0.1:{free_port()}"
+        if config.world_size > 1 and not config.dist_url:
+            exit_with(
+                UserError("several nodes need --dist_url tcp://HOST:PORT of the first, or torchrun")
+            )
+        try:
+            mp.spawn(_run, args=(worker, config, url, *arguments), nprocs=gpus)
+        except mp.ProcessExitedException as error:
+            sys.exit(error.exit_code)
+    else:
+        _run(0, worker, config, None, *arguments)
+
+
+def _run(local_rank, worker, config, url, *arguments):
+    """One process: join the group if there is one, work, leave."""
+    try:
+        if url:
+            gpus = torch.cuda.device_count()
+            _join(config, local_rank, url, config.rank * gpus + local_rank, config.world_size * gpus)
+        elif local_rank is None:
+            _join(config, int(os.environ.get("LOCAL_RANK", 0)))
+        elif torch.cuda.is_available():
+            torch.cuda.set_device(local_rank)
+        worker(config, *arguments)
+    except UserError as error:
+        if rank() == 0 or not dist.is_initialized():
+            exit_with(error)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _join(config, local_rank, url="env://", process=-1, processes=-1):
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    backend = config.dist_backend if cuda else "gloo"
+    device = torch.device("cuda", local_rank) if cuda and backend == "nccl" else None
+    dist.init_process_group(
+        backend, init_method=url, rank=process, world_size=processes, device_id=device
+    )
+
+
+def _why_no_gpu():
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None and torch.version.cuda:
+        return f"warning: no GPU with CUDA_VISIBLE_DEVICES={visible}: running on the CPU"
+    return "warning: CUDA is not available: running on the CPU"
+
+
+def _is_first():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def device() -> torch.device:
+    """The device of this process."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, summed in place over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def all_max(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor, in place its maximum over all processes."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return tensor
+
+
+def gather(item) -> list:
+    """The items of all processes, in the order of their ranks, in every process."""
+    if not dist.is_initialized():
+        return [item]
+    items = [None] * world_size()
+    dist.all_gather_object(items, item)
+    return items
+
+
+def first_process_first(work: Callable):
+    """work(), in the first process before the others: what it caches, they find."""
+    if rank() == 0:
+        result = work()
+    barrier()
+    if rank() != 0:
+        result = work()
+    return result

@@ -1,0 +1,21 @@
+"""The one exception that stands for "the user can fix this", and its way to the terminal."""
+
+import sys
+
+
+class UserError(Exception):
+    """Bad input. The message is one line that names the thing and the way out.
+
+    DataLoader workers re-raise an exception with their traceback as its text; ``str`` gives the
+    original line back.
+    """
+
+    def __str__(self) -> str:
+        return super().__str__().rpartition("UserError: ")[2].strip()
+
+
+def exit_with(error: UserError) -> None:
+    """Print the error as one line on standard error and end this process with exit code 2."""
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(2)

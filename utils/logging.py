@@ -1,0 +1,66 @@
+"""The log: lines on standard output and in a file, a record per epoch, TensorBoard on request."""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+log = logging.getLogger("eir")
+
+
+def set_up_logging(folder: Path | None, verbosity: int = 2, main_process: bool = True) -> None:
+    """Log to standard output and to folder/log.txt; other processes than the first say nothing.
+
+    verbosity 0: warnings only, 1 and 2: everything (2 has progress within an epoch as well).
+    """
+    log.handlers.clear()
+    log.propagate = False
+    log.setLevel(logging.WARNING if verbosity == 0 else logging.INFO)
+    if not main_process:
+        log.setLevel(logging.CRITICAL)
+        return
+    handlers = [logging.StreamHandler(sys.stdout)]
+    handlers[0].setFormatter(logging.Formatter("%(message)s"))
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+        handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    for handler in handlers:
+        log.addHandler(handler)
+
+
+class EpochRecords:
+    """One JSON line per epoch in metrics.jsonl, and the same scalars to TensorBoard."""
+
+    def __init__(self, folder: Path, tensorboard: bool = False):
+        self.path = folder / "metrics.jsonl"
+        self.writer = _tensorboard_writer(folder) if tensorboard else None
+
+    def keep_until(self, epoch: int) -> None:
+        """Drop the lines after `epoch`, which a resumed run writes again."""
+        if self.path.is_file():
+            lines = self.path.read_text().splitlines(keepends=True)
+            kept = [
+                line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch
+            ]
+            self.path.write_text("".join(kept))
+
+    def write(self, record: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self.writer:
+            for name, value in record.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    self.writer.add_scalar(name, value, record["epoch"])
+            self.writer.flush()
+
+
+def _tensorboard_writer(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        log.warning(
+            "trainer.tensorboard is on but tensorboard is not installed: pip install tensorboard"
+        )
+        return None
+    return SummaryWriter(folder)
