@@ -13,9 +13,11 @@ from utils.errors import UserError
 
 NUM_CLASSES = 20
 VOID = 255
-CLASS_NAMES = tuple(
-    ["background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor"]
-)
+CLASS_NAMES = (
+    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
 SETTINGS = ("overlap", "disjoint", "sequential")
 PUBLISHED = ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3")
 
