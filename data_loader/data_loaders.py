@@ -2,17 +2,19 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from data_loader.dataset import EvalDataset
+from data_loader.memory import Memory, Source, build_memory
 from data_loader.tasks import CLASS_NAMES, check_step, get_task
 from data_loader.transforms import EvalTransform, TrainTransform, whole
 from data_loader.voc import VOC2012, LabelIndex
 from utils.config import Config
-from utils.distributed import first_process_first
+from utils.distributed import barrier, first_process_first, rank
 from utils.errors import UserError
 from utils.logging import log
 
@@ -141,6 +143,31 @@ class StepData:
         if not settings.args.transform:
             return self._dataset(split, whole), 1
         return self._dataset(split, EvalTransform(_crop(settings))), settings.batch_size
+
+    def memory(self, folder: Path, previous: Path | None) -> Memory | None:
+        """The memory of this step, drawn into `folder` unless it is there; None without replay.
+
+        previous: folder of the memory of step t-1. The first process draws, the others read.
+        """
+        settings = self.config.memory
+        if settings.replay == "none" or settings.mem_size == 0:
+            return None
+        before = self.step - 1
+        if previous and not previous.is_dir():
+            names = ", ".join(CLASS_NAMES[c] for c in self.task.steps[before])
+            log.warning(f"no memory in {previous}: only {names} can be drawn") if before else None
+            previous = None
+        visible, old = self.task.visible(before, "train"), self.task.seen(before)
+        chosen = self.images("train", before)
+        source = Source(self.lists["train"], self._index("train"), chosen, visible, previous)
+        kind = "image" if settings.replay == "image" else "instance"
+        if rank() == 0:
+            build_memory(folder, source, old, kind, settings.mem_size, self.seed)
+        barrier()
+        memory = Memory(folder, self.task.label_table(before, "test"))
+        if not len(memory):
+            log.warning("the memory is empty: this step trains without replay")
+        return memory if len(memory) else None
 
     def _index(self, split) -> LabelIndex:
         return self.indices["train" if split == "train" else "val"]

@@ -7,14 +7,20 @@ On disk that is two PNG files an entry, which a person can open, and one manifes
 
 import hashlib
 import json
-from dataclasses import dataclass
+import os
+import shutil
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data_loader.tasks import CLASS_NAMES
+from data_loader.voc import ImageList, LabelIndex, read_image, read_label
 from utils.errors import UserError
+from utils.logging import log
+from utils.visualize import label_image
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: zero after normalisation
 MANIFEST = "manifest.json"
@@ -36,15 +42,6 @@ class Entry:
     sha256: list[str]
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """What may be drawn: an image of step t-1 (index into the list), or a stored entry."""
-
-    classes: tuple[int, ...]
-    image: int | None = None
-    entry: int | None = None
-
-
 class Memory:
     """A stored memory, loaded: packed crops and their labels in channels."""
 
@@ -59,7 +56,7 @@ class Memory:
             image, label = _read_crop(folder, entry)
             self.images.append(image)
             self.labels.append(table[label])
-        self.channel_of = [int(table[entry.drawn_for]) for entry in self.entries]
+        self.drawn_for = [int(table[entry.drawn_for]) for entry in self.entries]
 
     def __len__(self) -> int:
         return len(self.entries)
@@ -109,3 +106,150 @@ def _read_crop(folder, entry):
         with Image.open(path) as image:
             arrays.append(np.array(image))
     return arrays
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a memory is drawn from: the training images of step t-1, and the memory before it.
+
+    chosen: indices of those images in the list; visible: the classes whose labels they show;
+    previous: folder of the memory of step t-1, None where there is none.
+    """
+
+    files: ImageList
+    index: LabelIndex
+    chosen: np.ndarray
+    visible: tuple[int, ...]
+    previous: Path | None
+
+
+def build_memory(
+    folder: Path, source: Source, old_classes: tuple[int, ...], kind: str, budget: int, seed: int
+) -> None:
+    """Draw and store a memory in `folder`, unless the same one is there already.
+
+    kind: "instance" (crops without background) or "image" (whole images). The folder appears whole
+    or not at all. Raises UserError where the previous memory is of another kind.
+    """
+    settings = {"kind": kind, "budget": budget, "seed": seed, "classes": list(old_classes)}
+    if (folder / MANIFEST).is_file():
+        manifest = read_manifest(folder)
+        if all(manifest.get(key) == value for key, value in settings.items()):
+            return
+    images, entries = candidates(source, kind)
+    shown = [*(classes for _, classes in images), *(tuple(e.classes) for e in entries)]
+    lists = balanced_draw(shown, old_classes, budget, np.random.default_rng((seed, len(old_classes))))
+    _report(lists, budget)
+
+    temporary = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    stored = []
+    for c, picks in lists.items():
+        for pick in picks:
+            name = f"{len(stored):03d}"
+            if pick < len(images):
+                i, classes = images[pick]
+                stored.append(_store(temporary, name, source.files, i, classes, c, kind))
+            else:
+                stored.append(_carry(temporary, name, source.previous, entries[pick - len(images)], c))
+    numbers = {CLASS_NAMES[c]: [k for k, e in enumerate(stored) if e.drawn_for == c] for c in lists}
+    manifest = {**settings, "lists": numbers, "entries": [asdict(entry) for entry in stored]}
+    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(temporary, folder)
+
+
+def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ...]]], list[Entry]]:
+    """What may be drawn: (image, its visible classes) of step t-1, and the stored entries.
+
+    Instances need every visible class of the image to be one connected region.
+    """
+    visible = np.array(source.visible)
+    images = []
+    for i in source.chosen:
+        shown = source.index.pixels[i, visible] > 0
+        if kind == "instance" and (source.index.regions[i, visible][shown] != 1).any():
+            continue
+        images.append((int(i), tuple(int(c) for c in visible[shown])))
+    if source.previous is None:
+        return images, []
+    manifest = read_manifest(source.previous)
+    if manifest["kind"] != kind:
+        raise UserError(
+            f"the memory in {source.previous} is of kind {manifest['kind']}, this step needs "
+            f"{kind}: train all steps with the same --replay"
+        )
+    return images, [Entry(**row) for row in manifest["entries"]]
+
+
+def balanced_draw(
+    shown: list[tuple[int, ...]], classes: tuple[int, ...], budget: int, generator: np.random.Generator
+) -> dict[int, list[int]]:
+    """Class-balanced draw of at most `budget` candidates: class -> indices into `shown`.
+
+    The classes, shuffled, take turns; in its turn a class takes one random remaining candidate that
+    shows it. A class without one leaves the round; the draw ends when all have left.
+    """
+    lists = {c: [] for c in classes}
+    remaining = {c: [i for i, s in enumerate(shown) if c in s] for c in classes}
+    taken: set[int] = set()
+    waiting = [classes[i] for i in generator.permutation(len(classes))]
+    while waiting and len(taken) < budget:
+        c = waiting.pop(0)
+        remaining[c] = [i for i in remaining[c] if i not in taken]
+        if remaining[c]:
+            pick = remaining[c][generator.integers(len(remaining[c]))]
+            lists[c].append(pick)
+            taken.add(pick)
+            waiting.append(c)
+    return lists
+
+
+def _report(lists, budget):
+    counts = {CLASS_NAMES[c]: len(picks) for c, picks in lists.items()}
+    text = ", ".join(f"{name} {count}" for name, count in counts.items())
+    total = sum(counts.values())
+    log.info(f"memory: {total} entries ({text})")
+    if total < budget:
+        log.warning(f"only {total} of {budget} entries: the candidates ran out ({text})")
+    empty = [name for name, count in counts.items() if not count]
+    if empty and budget >= len(counts):
+        log.warning(f"no entry at all for {', '.join(empty)}: no candidate shows one in one piece")
+
+
+def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:
+    """Write image i of the list as an entry."""
+    image = read_image(files.images[i]).permute(1, 2, 0).numpy()
+    label = read_label(files.labels[i])
+    canvas = list(label.shape)
+    keep = np.isin(label, classes)
+    if kind == "instance":
+        rows, columns = np.flatnonzero(keep.any(axis=1)), np.flatnonzero(keep.any(axis=0))
+        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        label, keep = label[box] * keep[box], keep[box]
+        image = image[box] * keep[..., None]
+        top, left = int(rows[0]), int(columns[0])
+    else:
+        label = np.where(keep | (label == 255), label, 0).astype(np.uint8)
+        top, left = 0, 0
+    file = f"{name}_{files.ids[i]}"
+    Image.fromarray(np.ascontiguousarray(image)).save(folder / f"{file}_image.png")
+    label_image(label).save(folder / f"{file}_label.png")
+    digests = [_digest(folder / f"{file}_{part}.png") for part in ("image", "label")]
+    height, width = label.shape
+    return Entry(
+        files.ids[i], drawn_for, list(classes), top, left, height, width, canvas, file, digests
+    )
+
+
+def _carry(folder, name, previous, entry, drawn_for) -> Entry:
+    """Copy an entry of the memory before, so that this memory stands alone."""
+    file = f"{name}_{entry.id}"
+    for part in ("image", "label"):
+        shutil.copyfile(previous / f"{entry.file}_{part}.png", folder / f"{file}_{part}.png")
+    return replace(entry, file=file, drawn_for=drawn_for)
+
+
+def _digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -7,7 +7,6 @@ never exist together and memory does not grow with the batch. All arithmetic is 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -17,49 +16,38 @@ from models.deeplabv3 import upsample_logits
 VOID = 255
 
 
-@dataclass
-class SoftLabels:
-    """What each pixel shows: a base label, and up to K pasted instances over it.
-
-    base: uint8 [N, H, W], channels, 255 void. classes: int64 [N, K], channel of each paste.
-    weights: float [N, K, H, W], the share of each paste in a pixel; the base label has the rest.
-    """
-
-    base: torch.Tensor
-    classes: torch.Tensor
-    weights: torch.Tensor
-
-    @classmethod
-    def hard(cls, label: torch.Tensor) -> "SoftLabels":
-        """Labels without any paste."""
-        n, h, w = label.shape
-        classes = torch.zeros(n, 0, dtype=torch.int64, device=label.device)
-        return cls(label, classes, torch.zeros(n, 0, h, w, device=label.device))
-
-
 def bce_sum(
     logits: torch.Tensor,
     base: torch.Tensor,
-    classes: torch.Tensor,
-    weights: torch.Tensor,
+    classes: torch.Tensor | None = None,
+    weights: torch.Tensor | None = None,
     pos_weight: float = 1.0,
 ) -> torch.Tensor:
     """Binary cross entropy of one image, summed over channels and non-void pixels (METHOD 3).
 
-    logits [C, H, W]; base, classes [K], weights [K, H, W] of SoftLabels. pos_weight p multiplies the
-    positive term of foreground channels. With target t a channel costs
-    softplus(z) + t * ((p - 1) * softplus(z) - p * z), and t is zero but for the labels named.
+    logits [C, H, W]. The soft label of a pixel is weights[k] (float [K, H, W]) for channel classes[k]
+    (int64 [K]) and the rest for its base label (uint8 [H, W], 255 void); without pastes, the base
+    label alone. pos_weight p multiplies the positive term of the foreground channels.
+    A channel with target t costs softplus(z) + t * gain(z), gain(z) = (p - 1) * softplus(z) - p * z,
+    and t is zero for all channels but those named.
     """
     valid = base != VOID
     base = torch.where(valid, base, 0).long()[None]
-    z_base, z_pastes = logits.gather(0, base)[0], logits[classes]
-    gain = weights.sum(dim=0).sub(1).mul(z_base) - (weights * z_pastes).sum(dim=0)
-    if pos_weight != 1:
-        foreground = (1 - weights.sum(dim=0)) * (base[0] > 0)
-        extra = foreground * (F.softplus(z_base) - z_base)
-        extra = extra + (weights * (F.softplus(z_pastes) - z_pastes)).sum(dim=0)
-        gain = gain + (pos_weight - 1) * extra
-    return ((F.softplus(logits).sum(dim=0) + gain) * valid).sum()
+    named = _gain(logits.gather(0, base)[0], torch.where(base[0] > 0, pos_weight, 1.0), pos_weight)
+    if classes is not None:
+        gains = _gain(logits[classes], pos_weight, pos_weight)
+        named = named * (1 - weights.sum(dim=0)) + (weights * gains).sum(dim=0)
+    return ((F.softplus(logits).sum(dim=0) + named) * valid).sum()
+
+
+def _gain(z, p, pos_weight):
+    """What a positive target changes in the cost of a channel; p = 1 for all needs no softplus."""
+    return -z if pos_weight == 1 else (p - 1) * F.softplus(z) - p * z
+
+
+def auxiliary_sum(logits: torch.Tensor, base: torch.Tensor) -> torch.Tensor:
+    """L_ac of one image: binary cross entropy of channel 0 with zeros, summed like bce_sum."""
+    return (F.softplus(logits[0]) * (base != VOID)).sum()
 
 
 def distillation_sum(

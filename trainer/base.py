@@ -51,8 +51,15 @@ class Trainer:
 
     loss_parts: tuple[str, ...] = ()
 
-    def __init__(self, config: Config, data: StepData, resume: Path | None = None):
-        self.config, self.data = config, data
+    def __init__(
+        self,
+        config: Config,
+        data: StepData,
+        resume: Path | None = None,
+        previous: Path | None = None,
+    ):
+        """resume: checkpoint of this step to go on from; previous: final one of the step before."""
+        self.config, self.data, self.previous = config, data, previous
         self.device = device()
         self.folder = config.step_dir()
         self.epoch, self.best, self.stale = 0, None, 0
@@ -148,7 +155,7 @@ class Trainer:
         self.model.train()
         if self.config.arch.args.freeze_all_bn:
             freeze_bn(self.model)
-        health = Health(self.loss_parts, self.device)
+        health = Health(self.loss_parts, self.device, self.data.step)
         with _Progress(self, len(self.batches)) as progress:
             for iteration, raw in enumerate(loader):
                 self.train_iteration(raw, health)

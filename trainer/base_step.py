@@ -4,7 +4,7 @@ import torch
 
 from data_loader.dataset import TrainDataset
 from models.deeplabv3 import imagenet_weights
-from models.losses import SoftLabels, bce_sum, sum_over_images
+from models.losses import auxiliary_sum, bce_sum, sum_over_images
 from trainer.base import Batch, Trainer
 from utils.distributed import first_process_first
 
@@ -38,14 +38,11 @@ class BaseStep(Trainer):
         settings = self.config.hyperparameter
         with self.autocast():
             logits = self.net(batch.images, upsample=False)
-        target = SoftLabels.hard(batch.labels)
 
         def parts_of(i, z):
-            base, classes, weights = target.base[i], target.classes[i], target.weights[i]
-            bce = bce_sum(z, base, classes, weights.to(z.dtype), settings.pos_weight)
-            zeros = torch.where(base == 255, base, 0)
-            ac = bce_sum(z[:1], zeros, classes, weights.to(z.dtype))
-            return torch.stack([settings.mbce * bce, settings.ac * ac])
+            label = batch.labels[i]
+            bce = bce_sum(z, label, pos_weight=settings.pos_weight)
+            return torch.stack([settings.mbce * bce, settings.ac * auxiliary_sum(z, label)])
 
         size = batch.images.shape[-2:]
         return sum_over_images(logits, size, parts_of, self.normalizer(batch).expand(2))

@@ -8,6 +8,7 @@ from models.deeplabv3 import DeepLabV3
 from trainer.base import parse_monitor
 from trainer.base_step import BaseStep
 from trainer.evaluate import evaluate, write_metrics
+from trainer.incremental import IncrementalStep
 from utils.arguments import Run
 from utils.checkpoint import final_checkpoint, load_weights, read_checkpoint, write_atomically
 from utils.config import Config, differences, load_config
@@ -33,7 +34,10 @@ def train(config: Config, run: Run) -> None:
     data = StepData(config)
     barrier()
     _start_log(config, run, config.step_dir(kind="log"))
-    trainer = BaseStep(config, data, resume)
+    if data.step:
+        trainer = IncrementalStep(config, data, resume, previous_checkpoint(config, run))
+    else:
+        trainer = BaseStep(config, data, resume)
     if rank() == 0:
         (folder / "metrics.json").unlink(missing_ok=True)
         write_config(folder / "config.json", config)
@@ -96,6 +100,21 @@ def _where_to_start(config, run):
             f"{folder} holds an unfinished step: --resume auto goes on with it, --overwrite starts anew"
         )
     return None
+
+
+def previous_checkpoint(config: Config, run: Run) -> Path:
+    """The model that step t >= 1 starts from: --prev_checkpoint, or step t-1's final one."""
+    if run.prev_checkpoint:
+        return Path(run.prev_checkpoint)
+    step = config.task.step - 1
+    folder = config.step_dir(step)
+    path = final_checkpoint(folder)
+    if path is None or not (folder / "metrics.json").is_file():
+        raise UserError(
+            f"step {step} is not finished in {folder}: train it first (--task_step {step}), or give "
+            "its model with --prev_checkpoint FILE"
+        )
+    return path
 
 
 def write_config(path: Path, config: Config) -> None:

@@ -1,0 +1,323 @@
+"""Paste augmentation (METHOD 5, 1-5) for a whole batch on the device.
+
+A pure function of the batch, the bank of instances and the random numbers that came with each
+sample. Nothing here waits for the device: no transfer back, no size that depends on data, no file.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from data_loader.dataset import MEAN, STD
+from data_loader.memory import FILL, Memory
+from data_loader.tasks import NUM_CLASSES, VOID
+from utils.config import Paste
+
+
+@dataclass
+class Bank:
+    """The regions of the stored instances, packed on a device.
+
+    pixels: int32 [P], all regions' pixels row by row, a byte each for red, green, blue and the mask
+    (1: of the class). start, height, width: int64 [M], of entry m's region in pixels.
+    slots: int64 [C, L], entries of each channel's list; count: int64 [C], lengths of the lists.
+    """
+
+    pixels: torch.Tensor
+    start: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
+    slots: torch.Tensor
+    count: torch.Tensor
+
+    @classmethod
+    def pack(cls, memory: Memory, channels: int, device: torch.device) -> "Bank":
+        """Pack, of each entry, the region of the class that it was drawn for."""
+        regions = [_region(memory, i) for i in range(len(memory))]
+        regions = regions or [np.zeros((1, 1, 4), dtype=np.uint8)]  # indexed, never used
+        shapes = torch.tensor([r.shape[:2] for r in regions])
+        sizes = shapes.prod(dim=1)
+        packed = np.concatenate([r.reshape(-1, 4) for r in regions])
+        lists = [[i for i, c in enumerate(memory.drawn_for) if c == k] for k in range(channels)]
+        slots = torch.zeros(channels, max(1, *map(len, lists)), dtype=torch.int64)
+        for k, entries in enumerate(lists):
+            slots[k, : len(entries)] = torch.tensor(entries, dtype=torch.int64)
+        count = torch.tensor([len(entries) for entries in lists])
+        pixels = torch.from_numpy(packed).view(torch.int32).flatten()
+        fields = (pixels, sizes.cumsum(0) - sizes, shapes[:, 0], shapes[:, 1], slots, count)
+        return cls(*(field.to(device) for field in fields))
+
+
+def _region(memory, i):
+    """Box around the pixels of the entry's class: uint8 [h, w, 4], colour and mask.
+
+    Pixels of the box that are not of the class have ImageNet's mean colour: zero after
+    normalisation, with which bilinear resampling mixes at the region's border.
+    """
+    mask = memory.labels[i] == memory.drawn_for[i]
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    mask = mask[box][..., None]
+    colour = np.where(mask, memory.images[i][box], np.uint8(FILL))
+    return np.concatenate([colour, mask.astype(np.uint8)], axis=2)
+
+
+@dataclass
+class Plan:
+    """What is pasted where: each field [N, K], for the k-th paste of an image.
+
+    classes int64, channels; used bool; entry int64; cell int64, row-major; height, width int64, on
+    the image; mirror bool; share float, lambda.
+    """
+
+    classes: torch.Tensor
+    used: torch.Tensor
+    entry: torch.Tensor
+    cell: torch.Tensor
+    height: torch.Tensor
+    width: torch.Tensor
+    mirror: torch.Tensor
+    share: torch.Tensor
+
+
+@dataclass
+class Composite:
+    """A batch with instances pasted into it.
+
+    images float [N, 3, H, W]. classes int64 [N, K], channels of the pastes; weights float
+    [N, K, H, W], their shares of each pixel's soft label: the base label has the rest.
+    """
+
+    images: torch.Tensor
+    classes: torch.Tensor
+    weights: torch.Tensor
+
+
+class Numbers:
+    """The random numbers of a sample's pastes, as one vector float32 [length]."""
+
+    def __init__(self, settings: Paste, crop_size: int):
+        self.settings = settings
+        cells = (crop_size // cell_size(settings, crop_size)) ** 2
+        k = settings.pastes
+        self.lengths = {"classes": NUM_CLASSES + 1, "cells": cells}
+        self.lengths |= {name: k for name in ("entry", "mirror", "aspect", "share")}
+
+    def __call__(self, generator: np.random.Generator) -> torch.Tensor:
+        """Uniform numbers in [0, 1), and the shares, Beta distributed."""
+        numbers = generator.random(sum(self.lengths.values()), dtype=np.float32)
+        beta = self.settings.beta
+        numbers[-self.settings.pastes :] = generator.beta(beta, beta, self.settings.pastes)
+        return torch.from_numpy(numbers)
+
+    def split(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Vectors [N, length] by name."""
+        parts = numbers.split(list(self.lengths.values()), dim=1)
+        return dict(zip(self.lengths, parts, strict=True))
+
+
+def cell_size(settings: Paste, crop_size: int) -> int:
+    """Side of a cell in pixels: given for a crop of 512, scaled with the crop."""
+    return max(1, settings.cell * crop_size // 512)
+
+
+def pseudo_labels(labels: torch.Tensor, teacher: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Labels uint8 [N, H, W] in which background takes the teacher's confident classes.
+
+    teacher: logits [N, S, h, w] at stride 16. A background pixel takes the arg max channel of the
+    sigmoid scores if that is foreground and its score reaches the threshold (METHOD 5, 1).
+    Goes image by image, so that full-size logits of the batch never exist together.
+    """
+    filled = torch.empty_like(labels)
+    for i, label in enumerate(labels):
+        logits = teacher[i : i + 1].float()
+        logits = F.interpolate(logits, size=label.shape, mode="bilinear", align_corners=False)
+        best, channel = logits[0].max(dim=0)
+        confident = (label == 0) & (channel > 0) & (best.sigmoid() >= threshold)
+        filled[i] = torch.where(confident, channel.to(labels.dtype), label)
+    return filled
+
+
+class PasteAugmentation:
+    """Pastes stored instances into a batch: class combination, selection, position, fusion."""
+
+    def __init__(self, settings: Paste, crop_size: int, bank: Bank):
+        self.settings, self.bank = settings, bank
+        self.numbers = Numbers(settings, crop_size)
+        self.cell = cell_size(settings, crop_size)
+        self.grid = crop_size // self.cell
+        device = bank.pixels.device
+        self.mean = torch.tensor(MEAN, device=device) * 255
+        self.std = torch.tensor(STD, device=device) * 255
+
+    def __call__(
+        self,
+        images: torch.Tensor,
+        given: torch.Tensor,
+        labels: torch.Tensor,
+        numbers: torch.Tensor,
+        replayed: torch.Tensor,
+    ) -> Composite:
+        """Composite of a batch.
+
+        images float [N, 3, H, W], normalised; given uint8 [N, H, W], the labels, and labels, the same
+        with pseudo labels; numbers [N, D] of Numbers; replayed bool [N], images of the memory.
+        """
+        plan = self.plan(given, labels, self.numbers.split(numbers), replayed)
+        return self.fuse(images, plan)
+
+    def plan(self, given, labels, numbers, replayed) -> Plan:
+        """Decide what is pasted where."""
+        classes, used, fill_in = self.combine_classes(given, labels, numbers["classes"])
+        if not self.settings.on_replay:
+            used = used & ~replayed[:, None]
+        count = self.bank.count[classes]
+        pick = (numbers["entry"] * count).long().minimum((count - 1).clamp(min=0))
+        entry = self.bank.slots[classes, pick]
+        mirror = numbers["mirror"] < 0.5
+        stretch = (4 / 3) ** (2 * numbers["aspect"] - 1)
+        if not self.settings.augment:
+            mirror, stretch = torch.zeros_like(mirror), torch.ones_like(stretch)
+        height, width = self.fit(entry, stretch)
+        used = used & (self.bank.height[entry] > 1) & (self.bank.width[entry] > 1)
+        lowest = self.settings.lambda_min
+        share = lowest + (1 - lowest) * numbers["share"]
+        if not self.settings.fusion:
+            share = torch.ones_like(share)
+        cell = self.position(labels, numbers["cells"], fill_in)
+        return Plan(classes, used, entry, cell, height, width, mirror, share)
+
+    def combine_classes(self, given, labels, keys) -> tuple[torch.Tensor, ...]:
+        """Classes to paste into each image (METHOD 5, 2): channels, used, fill_in, each [N, K].
+
+        Potential old classes come first, in random order: those in the pseudo labels, not in the
+        given labels, and stored. With fewer than two of them, random stored classes follow, others
+        first, then the same again, until there are K.
+        """
+        k, channels = self.settings.pastes, len(self.bank.count)
+        stored = (self.bank.count > 0).expand(len(given), -1)
+        keys = keys[:, :channels]
+        if self.settings.class_combination:
+            potential = stored & shown(labels, channels) & ~shown(given, channels)
+        else:
+            potential = torch.zeros_like(stored)
+        group = torch.where(potential, 0, torch.where(stored, 1, 2))
+        order = (group + keys).argsort(dim=1)
+        found, kinds = potential.sum(dim=1), stored.sum(dim=1)
+        position = torch.arange(k, device=given.device).expand(len(given), k)
+        # positions beyond the potential classes go round all stored ones, the others first
+        turn = torch.where(position < found[:, None], position, position % kinds.clamp(min=1)[:, None])
+        classes = order.gather(1, turn)
+        fill_in = position >= found[:, None]
+        wanted = torch.where(found < min(2, k), k, found.clamp(max=k))
+        if self.settings.class_combination and self.settings.fill_in == "none":
+            wanted = found.clamp(max=k)
+        used = (position < wanted[:, None]) & (kinds > 0)[:, None]
+        if not self.settings.class_combination:
+            fill_in = torch.zeros_like(fill_in)
+        return classes, used, fill_in
+
+    def fit(self, entry, stretch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Height and width, int64 [N, K], of a stretched region scaled to fit a cell."""
+        root = stretch.sqrt()
+        height, width = self.bank.height[entry] / root, self.bank.width[entry] * root
+        scale = self.cell / torch.maximum(height, width)
+        if self.settings.max_upscale is not None:
+            scale = scale.clamp(max=self.settings.max_upscale)
+        return tuple(
+            (side * scale).round().long().clamp(min=1, max=self.cell) for side in (height, width)
+        )
+
+    def position(self, labels, keys, fill_in) -> torch.Tensor:
+        """Cell of each paste, int64 [N, K] (METHOD 5, 4).
+
+        Cells are ranked by their background pixels (void counts as such), ties in raster order. The
+        k-th potential class has the k-th cell; fill-ins have the best one, or the next ones.
+        """
+        k, cells = self.settings.pastes, self.grid**2
+        if self.settings.position:
+            empty = (labels == 0) | (labels == VOID)
+            side = self.grid * self.cell
+            empty = empty[:, :side, :side].unflatten(1, (self.grid, self.cell))
+            empty = empty.unflatten(3, (self.grid, self.cell)).sum(dim=(2, 4)).flatten(1)
+            ranked = empty.argsort(dim=1, descending=True, stable=True)
+        else:
+            ranked = keys.argsort(dim=1)
+        rank = torch.arange(k, device=labels.device).expand(len(labels), k) % cells
+        if self.settings.position and self.settings.fill_in == "best":
+            rank = torch.where(fill_in, 0, rank)
+        return ranked.gather(1, rank)
+
+    def fuse(self, images: torch.Tensor, plan: Plan) -> Composite:
+        """Mix the instances into the images, one after another (METHOD 5, 5)."""
+        n, _, h, w = images.shape
+        k = self.settings.pastes
+        images = images.clone()
+        weights = torch.zeros(n, k, h, w, dtype=images.dtype, device=images.device)
+        image_cells, weight_cells = self.cells(images), self.cells(weights)
+        batch = torch.arange(n, device=images.device)
+        for i in range(k):
+            colour, mask = self.sample(plan, i)
+            alpha = (plan.share[:, i, None, None] * mask).to(images.dtype)[..., None]
+            at = batch, plan.cell[:, i] // self.grid, slice(None), plan.cell[:, i] % self.grid
+            image_cells[at] = torch.lerp(image_cells[at], colour.to(images.dtype), alpha)
+            before = weight_cells[at] * (1 - alpha)
+            before[..., i] = alpha[..., 0]
+            weight_cells[at] = before
+        return Composite(images, plan.classes, weights)
+
+    def cells(self, maps: torch.Tensor) -> torch.Tensor:
+        """View [N, grid, cell, grid, cell, C] of the cells of maps [N, C, H, W]."""
+        side = self.grid * self.cell
+        view = maps.permute(0, 2, 3, 1)[:, :side, :side]
+        return view.unflatten(1, (self.grid, self.cell)).unflatten(3, (self.grid, self.cell))
+
+    def sample(self, plan: Plan, i: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The i-th instance of each image, resampled into a cell's upper left corner.
+
+        Returns colour float32 [N, cell, cell, 3], bilinear and normalised, and mask bool
+        [N, cell, cell], nearest; pixel centres as in torch.nn.functional.interpolate.
+        """
+        entry, bank = plan.entry[:, i], self.bank
+        column = torch.arange(self.cell, device=entry.device).expand(len(entry), -1)
+        row, inside_y = column, column < plan.height[:, i, None]
+        inside_x = column < plan.width[:, i, None]
+        mirrored = plan.width[:, i, None] - 1 - column
+        column = torch.where(plan.mirror[:, i, None], mirrored, column).clamp(min=0)
+        y0, y1, fy, y = _source(row, bank.height[entry], plan.height[:, i])
+        x0, x1, fx, x = _source(column, bank.width[entry], plan.width[:, i])
+        width, start = bank.width[entry, None], bank.start[entry, None]
+
+        def pixel(y, x):
+            index = (start + y * width)[:, :, None] + x[:, None, :]
+            return bank.pixels[index].view(torch.uint8).unflatten(2, (-1, 4))
+
+        fx, fy = fx[:, None, :, None], fy[:, :, None, None]
+        upper = torch.lerp(pixel(y0, x0)[..., :3].float(), pixel(y0, x1)[..., :3].float(), fx)
+        lower = torch.lerp(pixel(y1, x0)[..., :3].float(), pixel(y1, x1)[..., :3].float(), fx)
+        colour = torch.lerp(upper, lower, fy).sub_(self.mean).div_(self.std)
+        inside = inside_y[:, :, None] & inside_x[:, None, :] & plan.used[:, i, None, None]
+        return colour, inside & (pixel(y, x)[..., 3] > 0)
+
+
+def _source(target, size, scaled_size):
+    """Source coordinates of target pixels [N, cell] along one axis, sizes [N].
+
+    Returns the two neighbours int64 and the fraction between them float32, for bilinear sampling,
+    and the nearest pixel int64.
+    """
+    last = (size - 1)[:, None]
+    centre = (target + 0.5) * (size.float() / scaled_size.float())[:, None]
+    below = (centre - 0.5).clamp(min=0)
+    lower = below.long().minimum(last)
+    nearest = centre.long().minimum(last)
+    return lower, (lower + 1).minimum(last), below - lower, nearest
+
+
+def shown(labels: torch.Tensor, channels: int) -> torch.Tensor:
+    """bool [N, channels]: the label maps uint8 [N, H, W] show the channel."""
+    flat = labels.flatten(1).long()
+    found = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
+    return found.scatter_(1, flat, True)[:, :channels]
