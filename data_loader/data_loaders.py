@@ -71,7 +71,10 @@ class EvalBatches(Sampler[list[int]]):
 
 
 def make_loader(dataset: Dataset, batches: Sampler, workers: int, pin: bool) -> DataLoader:
-    """A loader over those batches, its workers kept from epoch to epoch."""
+    """A loader over those batches, its workers kept from epoch to epoch.
+
+    It draws its workers' seeds from a generator of its own, not from the one that dropout uses.
+    """
     workers = min(workers, cores())
     return DataLoader(
         dataset,
@@ -79,6 +82,7 @@ def make_loader(dataset: Dataset, batches: Sampler, workers: int, pin: bool) -> 
         num_workers=workers,
         pin_memory=pin and torch.cuda.is_available(),
         persistent_workers=workers > 0,
+        generator=torch.Generator(),
     )
 
 

@@ -70,23 +70,25 @@ class VOC2012:
             raise UserError(f"the list {path} is empty")
         files = _Folder(self.root)
         images, labels = zip(*(self._pair(words, path, files) for words in lines), strict=True)
-        missing = [str(f) for f in (*images, *labels) if not files.has(f)]
+        missing = [str(self.root / f) for f in (*images, *labels) if not files.has(f)]
         if missing:
             more = ", ..." if len(missing) > 5 else ""
             raise UserError(
                 f"{len(missing)} files named by {path} are missing: {', '.join(missing[:5])}{more}"
             )
-        return ImageList(split, [f.stem for f in images], list(images), list(labels))
+        images, labels = ([self.root / f for f in column] for column in (images, labels))
+        return ImageList(split, [f.stem for f in images], images, labels)
 
     def _pair(self, words, path, files):
+        """Image and label of a line, relative to the root."""
         if len(words) == 2:
-            return tuple(self.root / word.lstrip("/") for word in words)
+            return tuple(word.lstrip("/") for word in words)
         if len(words) > 2:
             raise UserError(f"{path}: cannot read the line {' '.join(words)!r}: image and label")
-        augmented = self.root / "SegmentationClassAug" / f"{words[0]}.png"
-        plain = self.root / "SegmentationClass" / f"{words[0]}.png"
+        augmented = f"SegmentationClassAug/{words[0]}.png"
+        plain = f"SegmentationClass/{words[0]}.png"
         label = plain if files.has(plain) and not files.has(augmented) else augmented
-        return self.root / "JPEGImages" / f"{words[0]}.jpg", label
+        return f"JPEGImages/{words[0]}.jpg", label
 
     def index(self, images: ImageList, workers: int = 0) -> LabelIndex:
         """The label index of a list, from the cache if lists and files are unchanged."""
@@ -96,7 +98,7 @@ class VOC2012:
             with np.load(io.BytesIO(cached.read_bytes())) as stored:
                 if str(stored["key"]) == key:
                     return LabelIndex(stored["pixels"], stored["regions"])
-        except (OSError, ValueError, KeyError):
+        except Exception:  # no cache, or a damaged one, which raises many kinds: build it anew
             pass
         index = _scan(images, workers)
         _store(cached, key, index)
@@ -109,11 +111,13 @@ class _Folder:
     def __init__(self, root):
         self.root, self.names = root, {}
 
-    def has(self, path):
-        folder = path.parent
+    def has(self, file):
+        """Whether a file, named relative to the root, exists."""
+        folder, _, name = file.rpartition("/")
         if folder not in self.names:
-            self.names[folder] = set(os.listdir(folder)) if folder.is_dir() else set()
-        return path.name in self.names[folder]
+            path = self.root / folder
+            self.names[folder] = set(os.listdir(path)) if path.is_dir() else set()
+        return name in self.names[folder]
 
 
 def _find_root(root):
@@ -217,5 +221,5 @@ def read_label(path: Path) -> np.ndarray:
             )
         try:
             return np.array(image)
-        except OSError as error:
+        except (OSError, SyntaxError) as error:
             raise UserError(f"cannot read the label {path}: {error}") from None

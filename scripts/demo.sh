@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Step 0 of task 5-3 on synthetic data: draws the data, trains a tiny network, evaluates it.
+# What was interrupted goes on, what is finished stays; scripts/demo.sh --overwrite trains anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
@@ -15,7 +16,8 @@ if [ ! -d "$DATA" ]; then
 fi
 echo "data        $DATA"
 
-"$PYTHON" train_voc.py -c "$CONFIG" --task_step 0 --resume auto
+[ $# -gt 0 ] || set -- --resume auto
+"$PYTHON" train_voc.py -c "$CONFIG" --task_step 0 --pos_weight 2 "$@"
 CHECKPOINT=$(ls "$STEP"/checkpoint-epoch*.pth | sort -V | tail -n 1)
 
 echo

@@ -4,6 +4,7 @@
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 export PYTHON="$PWD/.venv/bin/python"
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # waiting threads leave the cores to others
 
 fail() {
     echo "error: $1" >&2

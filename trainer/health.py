@@ -15,7 +15,7 @@ class Health:
 
     def __init__(self, names: tuple[str, ...], device: torch.device, step: int = 0):
         self.names, self.step = names, step
-        self.failed = torch.zeros((), device=device)
+        self.failed = torch.zeros((), dtype=torch.float32, device=device)
         self.recent: list[tuple[torch.Tensor, list[str]]] = []
         self.sums = torch.zeros(len(names), dtype=torch.float64, device=device)
         self.iterations = 0
@@ -55,7 +55,8 @@ class Health:
                 failures.append((first + i, parts, ", ".join(self.recent[i][1])))
         iteration, parts, images = min(f for process in gather(failures) for f in process)
         raise UserError(
-            f"the loss is not finite in step {self.step}, epoch {epoch + 1}, iteration {iteration} ({parts}), images "
+            f"the loss is not finite in step {self.step}, epoch {epoch + 1}, iteration {iteration} "
+            f"({parts}), images "
             f"{images}: no weight or checkpoint was touched by it; a smaller --lr or use_amp false "
             "may help"
         )

@@ -33,6 +33,7 @@ class EpochRecords:
     """One JSON line per epoch in metrics.jsonl, and the same scalars to TensorBoard."""
 
     def __init__(self, folder: Path, tensorboard: bool = False):
+        folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "metrics.jsonl"
         self.writer = _tensorboard_writer(folder) if tensorboard else None
 

@@ -1,5 +1,7 @@
 """Pictures of labels: the VOC palette and coloured label maps."""
 
+from pathlib import Path
+
 import numpy as np
 from PIL import Image
 
@@ -23,3 +25,25 @@ def label_image(label: np.ndarray) -> Image.Image:
     image = Image.fromarray(label)
     image.putpalette(voc_palette().ravel().tolist())
     return image
+
+
+def sheet(path: Path, rows: list[list[np.ndarray]], titles: list[str]) -> None:
+    """Write a PNG of pictures in rows and titled columns.
+
+    A picture is uint8 [H, W, 3], or float [H, W] in [0, 1], shown as a heat map.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    size = (2.4 * len(titles), 2.4 * len(rows) + 0.3)
+    figure, grid = plt.subplots(len(rows), len(titles), figsize=size, squeeze=False)
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title)
+    for axes, picture in zip(grid.flat, (p for row in rows for p in row), strict=True):
+        axes.imshow(picture, vmin=0, vmax=1, cmap="magma")
+        axes.axis("off")
+    figure.tight_layout(pad=0.3)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)

@@ -1,0 +1,336 @@
+"""Measure where the time goes: warm-up, repeats, median and spread, peak memory.
+
+A part is a function from the flags to rows; it stands in PARTS at the end, its sizes in FLAGS.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from itertools import cycle, islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
+from data_loader.dataset import EvalDataset, TrainDataset, normalize
+from data_loader.tasks import get_task
+from data_loader.transforms import TrainTransform
+from data_loader.voc import VOC2012, read_image, read_label
+from models.deeplabv3 import DeepLabV3
+from scripts.make_synthetic_voc import make_synthetic_voc, outlines, voc_palette
+from trainer.evaluate import confusion_matrix
+from utils.config import Config
+from utils.distributed import device
+from utils.errors import UserError, exit_with
+
+
+@dataclass
+class Row:
+    """One measurement: median, least and most of its repeats in `unit`; peak memory in MiB."""
+
+    part: str
+    name: str
+    unit: str
+    median: float
+    low: float
+    high: float
+    repeats: int
+    peak_mib: float | None = None
+
+
+def measure(
+    part: str,
+    name: str,
+    work: Callable[[], object],
+    args: argparse.Namespace,
+    unit: str = "s",
+    items: int = 1,
+    before: Callable[[], object] = lambda: None,
+    warmup: int | None = None,
+) -> Row:
+    """Time work() per item, after warm-up; before() comes ahead of each call, untimed."""
+    for _ in range(args.warmup if warmup is None else warmup):
+        before()
+        work()
+    _reset_peak()
+    factor = {"s": 1, "ms": 1000}[unit] / items
+    times = []
+    for _ in range(args.repeats):
+        before()
+        times.append(_seconds(work) * factor)
+    return Row(part, name, unit, statistics.median(times), min(times), max(times), len(times), _peak())
+
+
+def ratio(part: str, name: str, over: Row, under: Row) -> Row:
+    """The quotient of two medians, and the least and most that the repeats allow."""
+    quotients = over.median / under.median, over.low / under.high, over.high / under.low
+    return Row(part, name, "x", *quotients, min(over.repeats, under.repeats))
+
+
+def _seconds(work):
+    """Time of one call; on CUDA between two events, so that the device's work counts."""
+    if device().type != "cuda":
+        started = time.perf_counter()
+        work()
+        return time.perf_counter() - started
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    work()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1000
+
+
+def _reset_peak():
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif Path("/proc/self/clear_refs").exists():
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak():
+    """Peak memory in MiB since the reset: of the device on CUDA, else of this process (no workers)."""
+    if device().type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**20
+    status = Path("/proc/self/status")
+    if status.exists():
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+# Data of a known size.
+
+
+def photograph(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Noise of all scales, coarse ones strongest, as in photographs: uint8 [height, width, 3]."""
+    pixels = np.full((height, width, 3), 128.0)
+    cell = max(height, width)
+    while cell >= 1:
+        coarse = rng.normal(size=(-(-height // cell) + 1, -(-width // cell) + 1, 3)) * cell**0.4 * 8
+        grey = coarse.mean(axis=2, keepdims=True)
+        levels = np.clip(128 + grey + 0.3 * coarse, 0, 255).astype(np.uint8)
+        layer = Image.fromarray(levels).resize((width, height), Image.Resampling.BICUBIC)
+        pixels += np.asarray(layer) - 128.0
+        cell //= 2
+    return np.clip(pixels, 0, 255).astype(np.uint8)
+
+
+def regions(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+    """Smooth regions of three classes with void between: uint8 [height, width], 0..20 and 255."""
+    coarse = Image.fromarray(rng.integers(0, 256, (4, 5), dtype=np.uint8))
+    levels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)) // 64
+    label = np.array([0, *rng.integers(1, 21, 3)], dtype=np.uint8)[levels]
+    label[outlines(levels, 2)] = 255
+    return label
+
+
+def write_photographs(root: Path, count: int, height: int = 375, width: int = 500) -> Path:
+    """A VOC root of photographs, the same images as train and val list."""
+    rng = np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
+        (root / folder).mkdir(parents=True)
+    ids = [f"2007_{i:06d}" for i in range(count)]
+    for name in ids:
+        picture = Image.fromarray(photograph(rng, height, width))
+        picture.save(root / f"JPEGImages/{name}.jpg", quality=95)
+        label = Image.fromarray(regions(rng, height, width))
+        label.putpalette(voc_palette())
+        label.save(root / f"SegmentationClassAug/{name}.png")
+    for file in ("train_aug", "val"):
+        (root / f"ImageSets/Segmentation/{file}.txt").write_text("\n".join(ids) + "\n")
+    return root
+
+
+def multiply(root: Path, count: int) -> Path:
+    """Copy the training images of a VOC root until its list names `count` of them."""
+    path = root / "ImageSets/Segmentation/train_aug.txt"
+    originals = [Path(line.split()[0]).stem for line in path.read_text().splitlines()]
+    names = [f"2009_{i:06d}" for i in range(count)]
+    for name, original in zip(names, cycle(originals), strict=False):
+        for folder, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
+            shutil.copy(root / folder / f"{original}.{suffix}", root / folder / f"{name}.{suffix}")
+    path.write_text("\n".join(names) + "\n")
+    return root
+
+
+@contextmanager
+def data_root(args: argparse.Namespace, count: int) -> Iterator[Path]:
+    """The root given with --data_root, or a temporary one of `count` photographs."""
+    if args.data_root:
+        yield Path(args.data_root)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield write_photographs(Path(folder) / "voc", count)
+
+
+# The parts.
+
+
+def index(args: argparse.Namespace) -> list[Row]:
+    """The label index over many small label maps: first scan, and from the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_synthetic_voc(Path(folder) / "voc", 200, 1, args.index_size)
+        voc = VOC2012(multiply(root, args.index_images))
+
+        def read():
+            voc.index(voc.read_list("train"), cores())
+
+        def forget():
+            shutil.rmtree(voc.cache_dir, ignore_errors=True)
+
+        title = f"{args.index_images} label maps of {args.index_size} px"
+        first = measure("index", f"first scan, {title}", read, args, before=forget, warmup=0)
+        return [first, measure("index", f"from the cache, {title}", read, args)]
+
+
+def loader(args: argparse.Namespace) -> list[Row]:
+    """One training sample on one core, and its parts."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with data_root(args, args.loader_images) as root:
+        files = VOC2012(root).read_list("train")
+        table = get_task("joint", "overlap").label_table(0, "train")
+        transform = TrainTransform(args.loader_crop)
+        n = min(args.loader_images, len(files.ids))
+        images = EvalDataset(files.ids, files.images, files.labels, table, transform)
+        samples = TrainDataset(images, None, seed=1)
+        decoded = [images.load(i) for i in range(n)]
+        epochs = iter(range(10**9))
+
+        def whole():
+            epoch = next(epochs)
+            return [samples[epoch, i] for i in range(n)]
+
+        works = {
+            f"sample, crop {args.loader_crop}": whole,
+            "  decode": lambda: [read_image(path) for path in files.images[:n]],
+            "  label": lambda: [table[read_label(path)] for path in files.labels[:n]],
+            "  transform": lambda: [transform(*pair) for pair in decoded],
+        }
+        rows = [measure("loader", name, work, args, "ms", n) for name, work in works.items()]
+    torch.set_num_threads(threads)
+    return rows
+
+
+def evaluation(args: argparse.Namespace) -> list[Row]:
+    """The evaluation loop, data included, beside the bare forward passes of the same images."""
+    with data_root(args, args.eval_images) as root:
+        data = _evaluation_data(args, root)
+        where = device()
+        model = DeepLabV3(data.classes, args.backbone).to(where, memory_format=torch.channels_last)
+        model.eval()
+        dataset, batch_size = data.evaluation("test")
+        batches = EvalBatches(len(dataset), batch_size)
+        images = [normalize(b["image"].to(where)) for b in make_loader(dataset, batches, 0, False)]
+
+        @torch.inference_mode()
+        def forward():
+            with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+                for batch in images:
+                    model(batch)
+
+        def loop():
+            confusion_matrix(model, data, "test", where)
+
+        title = f"{args.backbone}, crop {args.eval_crop}, per image"
+        n = len(dataset)
+        bare = measure("eval", f"bare forward, {title}", forward, args, "ms", n)
+        whole = measure("eval", f"evaluation, {title}", loop, args, "ms", n)
+        return [bare, whole, ratio("eval", "evaluation / bare forward", whole, bare)]
+
+
+def _evaluation_data(args, root):
+    config = Config()
+    settings = config.data.test
+    config.data.data_root, config.data.num_workers = str(root), args.num_workers
+    config.task.name = "joint"
+    settings.args.transform_args.crop_size, settings.batch_size = args.eval_crop, args.eval_batch
+    data = StepData(config)
+    chosen = data.images
+    data.images = lambda *a: np.array(list(islice(chosen(*a), args.eval_images)))
+    return data
+
+
+PARTS = {"index": index, "loader": loader, "eval": evaluation}
+FLAGS = {
+    "--index_images": (12000, "label maps"),
+    "--index_size": (80, "longer side of a label map, up to 1.25 times this, pixels"),
+    "--loader_images": (24, "images"),
+    "--loader_crop": (512, "crop, pixels"),
+    "--eval_images": (32, "images"),
+    "--eval_crop": (128, "crop, pixels"),
+    "--eval_batch": (8, "images per batch"),
+    "--num_workers": (2, "loader processes where a whole loader is measured"),
+    "--warmup": (1, "calls before measuring"),
+    "--repeats": (5, "calls measured"),
+}
+
+
+def environment() -> dict[str, str]:
+    """What a figure needs beside it: processor, cores, GPU, versions, date."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), None)
+    gpu = torch.cuda.get_device_name() if device().type == "cuda" else "none"
+    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
+    return {
+        "processor": f"{model or platform.processor() or platform.machine()}, {cores()} cores",
+        "load before": load,
+        "gpu": gpu,
+        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"Python {platform.python_version()}",
+        "date": date.today().isoformat(),
+    }
+
+
+def format_rows(rows: list[Row]) -> str:
+    """The table: a line per row."""
+    lines = [f"{'part':<8}{'measured':<56}{'median':>10}{'least':>10}{'most':>10}     {'peak MiB':>10}"]
+    for row in rows:
+        values = "".join(f"{value:>10.3f}" for value in (row.median, row.low, row.high))
+        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        lines.append(f"{row.part:<8}{row.name:<56}{values} {row.unit:<4}{peak:>10}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("--data_root", help="a VOC 2012 folder (else images are drawn)")
+    parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    for flag, (default, text) in FLAGS.items():
+        parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
+    args = parser.parse_args(argv)
+    about = environment()
+    print("\n".join(f"{key:<12} {value}" for key, value in about.items()) + "\n")
+    try:
+        rows = [row for p in PARTS if args.part in (p, "all") for row in PARTS[p](args)]
+    except UserError as error:
+        exit_with(error)
+    print(format_rows(rows))
+    if args.json:
+        report = {**about, "flags": vars(args), "rows": [asdict(row) for row in rows]}
+        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

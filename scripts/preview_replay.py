@@ -1,0 +1,87 @@
+"""A sheet of real training composites of a step t >= 1, to see what EIR does to its images.
+
+python scripts/preview_replay.py --output preview.png [--images 6] [--epoch 1] [flags of train_voc.py]
+Columns: the image, its labels, with pseudo labels, with pasted instances, the pastes' label weight.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from data_loader.data_loaders import StepData
+from data_loader.dataset import MEAN, STD
+from data_loader.paste import pseudo_labels
+from trainer.incremental import IncrementalStep
+from trainer.run import previous_checkpoint
+from utils.arguments import parse_train
+from utils.distributed import launch
+from utils.errors import UserError
+from utils.visualize import sheet, voc_palette
+
+TITLES = ["image", "labels", "with pseudo labels", "with instances", "weight of instances"]
+
+
+def preview(config, run, options) -> None:
+    if config.task.step < 1:
+        raise UserError("step 0 replays nothing: give --task_step 1 or higher")
+    config.data.train.batch_size, config.arch.args.freeze_all_bn = options.images, True
+    trainer = IncrementalStep(config, StepData(config), previous=previous_checkpoint(config, run))
+    colours = voc_palette()[[0, *trainer.data.task.order]]
+    rows = [row for batch in first_batch(trainer, options) for row in pictures(trainer, batch, colours)]
+    sheet(options.output, rows, TITLES)
+    print(f"{len(rows)} composites of step {trainer.data.step}: {options.output}")
+
+
+def first_batch(trainer, options):
+    """Half new images and half replay images of an epoch, as micro-batches."""
+    new = len(trainer.data.training())
+    order = np.random.default_rng(options.epoch).permutation(len(trainer.dataset))
+    fresh, replayed = order[order < new], order[order >= new]
+    half = min(len(replayed), options.images // 2)
+    chosen = [*fresh[: options.images - half], *replayed[:half]]
+    samples = [trainer.dataset[(options.epoch - 1, int(i))] for i in chosen]
+    return trainer.to_device(torch.utils.data.default_collate(samples))
+
+
+@torch.no_grad()
+def pictures(trainer, batch, colours):
+    """A row of pictures for each image of a micro-batch."""
+    threshold = trainer.config.hyperparameter.pseudo_thresh
+    labels = pseudo_labels(batch.labels, trainer.teach(batch.images), threshold)
+    composite = trainer.compose(batch, labels)
+    covered = composite.weights.sum(dim=1)
+    table = np.full((256, 3), 224, dtype=np.uint8)
+    table[: len(colours)] = colours
+    for i in range(len(labels)):
+        yield [
+            photograph(batch.images[i]),
+            table[batch.labels[i].cpu().numpy()],
+            table[labels[i].cpu().numpy()],
+            photograph(composite.images[i]),
+            covered[i].cpu().numpy(),
+        ]
+
+
+def photograph(image: torch.Tensor) -> np.ndarray:
+    """uint8 [H, W, 3] from a normalised image [3, H, W]."""
+    pixels = image.cpu().permute(1, 2, 0).numpy() * np.array(STD) + np.array(MEAN)
+    return (pixels * 255).round().clip(0, 255).astype(np.uint8)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], epilog="further flags are those of train_voc.py"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--images", type=int, default=6, help="composites, half of them replay images")
+    parser.add_argument("--epoch", type=int, default=1, help="epoch whose randomness is shown")
+    options, rest = parser.parse_known_args()
+    launch(preview, *parse_train(rest), options)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Show which images each step of a task trains, validates and tests on."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_loader.data_loaders import cores
+from data_loader.tasks import CLASS_NAMES, SETTINGS, Task, get_task
+from data_loader.voc import VOC2012
+from utils.config import DataArgs
+from utils.errors import UserError, exit_with
+
+SPLITS = {"train": "train", "val": "val", "test": "val"}  # split -> the list it is chosen from
+
+
+def read_splits(root: str | Path, task: Task, cache_dir: str | Path | None = None) -> list[dict]:
+    """Per step: `step`, `classes` (VOC numbers), ids of `train`, `val` and `test`, and `shown`.
+
+    `shown`: class -> number of the step's training images that show it.
+    Raises UserError for a data root that cannot be read.
+    """
+    voc = VOC2012(root, cache_dir)
+    lists = {name: voc.read_list(name) for name in ("train", "val")}
+    present = {name: voc.index(images, cores()).present for name, images in lists.items()}
+    steps = []
+    for step, classes in enumerate(task.steps):
+        chosen = {split: task.select(step, split, present[name]) for split, name in SPLITS.items()}
+        ids = {split: [lists[SPLITS[split]].ids[i] for i in rows] for split, rows in chosen.items()}
+        counts = present["train"][chosen["train"]].sum(axis=0)
+        shown = {c: int(counts[c]) for c in classes}
+        steps.append({"step": step, "classes": list(classes), **ids, "shown": shown})
+    return steps
+
+
+def format_json(task: Task, steps: list[dict]) -> str:
+    """The contract's JSON: task, setting, and per step its classes and the ids of its splits."""
+    keys = ("step", "classes", *SPLITS)
+    rows = [{key: step[key] for key in keys} for step in steps]
+    return json.dumps({"task": task.name, "setting": task.setting, "steps": rows})
+
+
+def format_table(task: Task, steps: list[dict]) -> str:
+    """A table for people: images of each split, and training images of each class."""
+    lines = [
+        f"task {task.name}, {task.setting}: images of each step, and training images of each class",
+        "",
+        f"{'step':>4}{'train':>8}{'val':>8}{'test':>8}  classes",
+    ]
+    for step in steps:
+        sizes = "".join(f"{len(step[split]):>8}" for split in SPLITS)
+        names = [f"{CLASS_NAMES[c]} {count}" for c, count in step["shown"].items()]
+        for row in range(0, len(names), 5):
+            head = f"{step['step']:>4}{sizes}" if row == 0 else " " * 28
+            lines.append(f"{head}  {', '.join(names[row : row + 5])}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    default = DataArgs()
+    parser.add_argument("--data_root", default=default.data_root, help="VOC 2012 (%(default)s)")
+    parser.add_argument("--task_name", default=default.task.name, help="task (%(default)s)")
+    parser.add_argument(
+        "--task_setting", default=default.task.setting, help=f"{', '.join(SETTINGS)} (%(default)s)"
+    )
+    parser.add_argument("--idxs_path", help="folder of the label index (inside the data root)")
+    parser.add_argument("--json", action="store_true", help="all image ids, as JSON")
+    args = parser.parse_args(argv)
+    try:
+        task = get_task(args.task_name, args.task_setting)
+        steps = read_splits(args.data_root, task, args.idxs_path)
+    except UserError as error:
+        exit_with(error)
+    print((format_json if args.json else format_table)(task, steps))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Train all steps of a task and evaluate the last; finished steps are skipped, a broken one goes on.
+#   bash scripts/train_voc.sh 5-3 overlap [flags of train_voc.py, for every step]
+# The settings below are the paper's; each can be set from outside, such as EPOCH=30 bash scripts/...
+# LAUNCHER starts a step: "python", or torchrun with its own flags (see scripts/train_voc.slurm).
+set -euo pipefail
+
+if [ $# -lt 2 ]; then
+    echo "error: give task and setting, such as: bash scripts/train_voc.sh 5-3 overlap" >&2
+    exit 2
+fi
+TASK=$1 SETTING=$2
+shift 2
+cd "$(dirname "$0")/.."
+
+CONFIG=${CONFIG:-configs/config_voc.json}
+BS=${BS:-32} EPOCH=${EPOCH:-60} MEMORY_SIZE=${MEMORY_SIZE:-100}
+INIT_LR=${INIT_LR:-0.001} LR=${LR:-0.0001} INIT_POSWEIGHT=${INIT_POSWEIGHT:-2}
+PYTHON=${PYTHON:-python}
+read -r -a LAUNCH <<<"${LAUNCHER:-$PYTHON}"
+
+flags=(-c "$CONFIG" --multiprocessing_distributed --task_name "$TASK" --task_setting "$SETTING"
+    --bs "$BS" --epochs "$EPOCH" --mem_size "$MEMORY_SIZE" "$@")
+plan=$("$PYTHON" - "${flags[@]}" <<'PYTHON'
+import sys
+
+sys.path.insert(0, ".")
+from data_loader.tasks import get_task
+from utils.arguments import parse_train
+from utils.errors import UserError, exit_with
+
+config, _ = parse_train()
+try:
+    task = get_task(config.task.name, config.task.setting)
+except UserError as error:
+    exit_with(error)
+print(len(task.steps), config.step_dir().parent)
+PYTHON
+)
+steps=${plan%% *} folder=${plan#* }
+
+for ((step = 0; step < steps; step++)); do
+    echo "== $TASK $SETTING, step $step of 0..$((steps - 1))"
+    if [ "$step" -eq 0 ]; then
+        own=(--lr "$INIT_LR" --pos_weight "$INIT_POSWEIGHT")
+    else
+        own=(--lr "$LR" --freeze_bn)
+    fi
+    "${LAUNCH[@]}" train_voc.py "${flags[@]:0:7}" "${own[@]}" "${flags[@]:7}" \
+        --task_step "$step" --resume auto
+done
+
+last=("$folder/step_$((steps - 1))"/checkpoint-epoch*.pth)
+checkpoint=$(printf '%s\n' "${last[@]}" | sort -V | tail -n 1)
+"${LAUNCH[@]}" eval_voc.py -r "$checkpoint"
+"$PYTHON" scripts/report.py "$folder"

@@ -1,0 +1,141 @@
+"""Tasks: classes of each step, orders, label tables, and the choice of images."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+from data_loader.tasks import CLASS_NAMES, ORDERS, SETTINGS, check_step, get_task
+from tests.helpers import FACTS
+from utils.errors import UserError
+
+ORDERS_SHA256 = "27949090e290c16a0ba14584de73f91a0683b93b0ca3f7960a3c6892d01b2f25"
+STEPS = {
+    "5-3": [[1, 2, 3, 4, 5], [6, 7, 8], [9, 10, 11], [12, 13, 14], [15, 16, 17], [18, 19, 20]],
+    "15-1": [[*range(1, 16)], [16], [17], [18], [19], [20]],
+    "15-5": [[*range(1, 16)], [16, 17, 18, 19, 20]],
+    "19-1": [[*range(1, 20)], [20]],
+    "10-10": [[*range(1, 11)], [*range(11, 21)]],
+    "10-1": [[*range(1, 11)], *([c] for c in range(11, 21))],
+    "10-5": [[*range(1, 11)], [11, 12, 13, 14, 15], [16, 17, 18, 19, 20]],
+    "joint": [[*range(1, 21)]],
+    "2-9": [[1, 2], [*range(3, 12)], [*range(12, 21)]],
+    "15-1_b": [[12, 9, 20, 7, 15, 8, 14, 16, 5, 19, 4, 1, 13, 2, 11], [17], [3], [6], [18], [10]],
+    "15-1_w": [[1, 2, 12, 14, 13, 19, 18, 7, 11, 20, 8, 4, 9, 16, 10], [3], [15], [6], [5], [17]],
+}
+CASES = [
+    (name, setting, step)
+    for name, steps in STEPS.items()
+    for setting in SETTINGS
+    for step in range(len(steps))
+]
+
+
+def class_orders() -> dict[str, list[int]]:
+    names = [f"15-1_{letter}" for letter in sorted(ORDERS)]
+    return {name: list(get_task(name, "overlap").order) for name in names}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_steps_hold_the_classes_of_the_task_in_learning_order(name):
+    task = get_task(name, "overlap")
+    assert [list(classes) for classes in task.steps] == STEPS[name]
+    assert sorted(task.order) == list(range(1, 21))
+
+
+def test_class_orders_are_the_published_ones():
+    orders = class_orders()
+    assert len(orders) == 22
+    assert all(sorted(order) == list(range(1, 21)) for order in orders.values())
+    digest = hashlib.sha256(json.dumps(orders, sort_keys=True).encode()).hexdigest()
+    assert digest == ORDERS_SHA256
+
+
+def test_class_orders_equal_the_facts():
+    path = FACTS / "voc_class_orders.json"
+    if not path.is_file():
+        pytest.skip("the facts are not here")
+    facts = json.loads(path.read_text())
+    assert class_orders() == {name: fact["order"] for name, fact in facts.items()}
+    for name, fact in facts.items():
+        assert len(get_task(name, "overlap").steps[0]) == fact["base"]
+
+
+@pytest.mark.parametrize(("name", "setting", "step"), CASES)
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_label_table_shows_the_visible_classes_in_their_channels(name, setting, step, split):
+    learned = [c for classes in STEPS[name] for c in classes]
+    visible = list(STEPS[name][step])
+    if split == "test" or (split == "train" and setting == "sequential"):
+        visible = [c for classes in STEPS[name][: step + 1] for c in classes]
+    expected = [0] * 256
+    expected[255] = 255
+    for position, c in enumerate(learned):
+        if c in visible:
+            expected[c] = 1 + position
+    table = get_task(name, setting).label_table(step, split)
+    assert table.dtype == np.uint8
+    assert table.tolist() == expected
+
+
+def test_label_table_can_hide_classes_as_void():
+    table = get_task("5-3", "overlap").label_table(1, "train", hidden=255)
+    assert table[:21].tolist() == [0, *[255] * 5, 6, 7, 8, *[255] * 12]
+
+
+def test_channels_of_a_step_follow_the_learning_order_not_the_class_number():
+    task = get_task("15-1_b", "overlap")
+    assert task.channels(0) == list(range(1, 16))
+    assert task.channels(1) == [16]
+    assert task.class_names(1)[16] == CLASS_NAMES[17]
+    assert task.class_names(0)[:3] == ["background", "dog", "chair"]
+    assert len(task.class_names(2)) == 18
+
+
+@pytest.mark.parametrize(("name", "setting", "step"), CASES)
+def test_images_of_a_step_against_set_arithmetic(name, setting, step):
+    rng = np.random.default_rng(step)
+    present = rng.random((200, 21)) < 0.08
+    present[0] = False
+    present[1] = True
+    shows = [{c for c in range(1, 21) if row[c]} for row in present]
+    now = set(STEPS[name][step])
+    seen = {c for classes in STEPS[name][: step + 1] for c in classes}
+    expected = {
+        "train": [i for i, s in enumerate(shows) if s & now and (setting == "overlap" or s <= seen)],
+        "val": [i for i, s in enumerate(shows) if s & now],
+        "test": [i for i, s in enumerate(shows) if s & seen],
+    }
+    task = get_task(name, setting)
+    for split, images in expected.items():
+        assert task.select(step, split, present).tolist() == images
+
+
+def test_background_alone_selects_no_image():
+    present = np.zeros((1, 21), dtype=bool)
+    present[0, 0] = True
+    task = get_task("joint", "overlap")
+    assert all(len(task.select(0, split, present)) == 0 for split in ("train", "val", "test"))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "15", "15-3", "0-5", "5-0", "20-0", "21-1", "15-1_a", "15-1_x", "10-1_b", "15-1_bb"]
+)
+def test_unknown_tasks_are_refused_with_those_that_exist(name):
+    with pytest.raises(UserError) as refused:
+        get_task(name, "overlap")
+    assert repr(name) in str(refused.value)
+    for known in ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3", "joint", "15-1_b"):
+        assert known in str(refused.value)
+
+
+def test_unknown_settings_are_refused_with_those_that_exist():
+    with pytest.raises(UserError, match="overlap, disjoint, sequential"):
+        get_task("15-5", "overlapped")
+
+
+@pytest.mark.parametrize("step", [-1, 6, 100])
+def test_unknown_steps_are_refused_with_those_that_exist(step):
+    with pytest.raises(UserError, match=f"no step {step}: its steps are 0 to 5"):
+        check_step(get_task("5-3", "overlap"), step)

@@ -1,0 +1,296 @@
+"""The VOC folder: lists, files, and the label index against a plain flood fill."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
+from PIL import Image
+
+from data_loader import voc
+from data_loader.voc import VOC2012, read_image, read_label, scan_label
+from utils.errors import UserError
+
+
+def count_by_hand(label: np.ndarray) -> tuple[list[int], list[int]]:
+    """Pixels and 4-connected regions of each class, pixel by pixel."""
+    rows = label.tolist()
+    height, width = label.shape
+    pixels, regions = [0] * 21, [0] * 21
+    visited = set()
+    for y in range(height):
+        for x in range(width):
+            value = rows[y][x]
+            if value == 255:
+                continue
+            pixels[value] += 1
+            if value == 0 or (y, x) in visited:
+                continue
+            regions[value] += 1
+            stack = [(y, x)]
+            while stack:
+                i, j = stack.pop()
+                inside = 0 <= i < height and 0 <= j < width
+                if inside and rows[i][j] == value and (i, j) not in visited:
+                    visited.add((i, j))
+                    stack += [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+    return pixels, regions
+
+
+def label_files(root: Path, name: str) -> list[Path]:
+    lines = (root / f"ImageSets/Segmentation/{name}.txt").read_text().splitlines()
+    return [root / line.split()[1].lstrip("/") for line in lines]
+
+
+def save_label(path: Path, label: np.ndarray) -> None:
+    Image.fromarray(label.astype(np.uint8)).save(path)
+
+
+LABELS = arrays(
+    np.uint8,
+    array_shapes(min_dims=2, max_dims=2, max_side=9),
+    elements=st.sampled_from([0, 1, 2, 20, 255]),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(LABELS)
+def test_scan_counts_pixels_and_regions_like_a_flood_fill(label):
+    pixels, regions = scan_label(label, Path("x.png"))
+    assert (pixels.tolist(), regions.tolist()) == count_by_hand(label)
+
+
+def test_diagonal_neighbours_are_two_regions():
+    assert scan_label(np.array([[3, 0], [0, 3]], np.uint8), Path("x"))[1][3] == 2
+
+
+def test_void_between_two_parts_does_not_join_them():
+    assert scan_label(np.array([[3, 255, 3]], np.uint8), Path("x"))[1][3] == 2
+
+
+@pytest.mark.parametrize(("split", "name"), [("train", "train_aug"), ("val", "val")])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_index_of_a_root_equals_a_reading_of_its_label_maps(voc_root, tmp_path, split, name, workers):
+    data = VOC2012(voc_root, tmp_path)
+    images = data.read_list(split)
+    index = data.index(images, workers)
+    assert images.labels == label_files(voc_root, name)
+    expected = [count_by_hand(np.array(Image.open(path))) for path in images.labels]
+    assert index.pixels.tolist() == [pixels for pixels, _ in expected]
+    assert index.regions.tolist() == [regions for _, regions in expected]
+    assert index.present.tolist() == [[n > 0 for n in pixels] for pixels, _ in expected]
+
+
+class TestCache:
+    """What is unchanged is not scanned again; what changed is."""
+
+    @pytest.fixture
+    def no_scan(self, monkeypatch):
+        def forbid():
+            def fail(*_):
+                raise AssertionError("label maps were scanned")
+
+            monkeypatch.setattr(voc, "_scan", fail)
+
+        return forbid
+
+    @staticmethod
+    def read(root, cache=None):
+        data = VOC2012(root, cache)
+        return data.index(data.read_list("val"))
+
+    def test_unchanged_root_is_not_scanned_again(self, own_root, no_scan):
+        first = self.read(own_root)
+        no_scan()
+        again = self.read(own_root)
+        assert np.array_equal(first.pixels, again.pixels)
+        assert np.array_equal(first.regions, again.regions)
+
+    def test_the_cache_lies_in_the_folder_that_was_named(self, own_root, tmp_path, no_scan):
+        self.read(own_root, tmp_path / "cache")
+        assert not (own_root / "label_index").exists()
+        no_scan()
+        self.read(own_root, tmp_path / "cache")
+
+    def test_changed_label_is_scanned_again(self, own_root):
+        path = label_files(own_root, "val")[4]
+        before = self.read(own_root)
+        label = np.array(Image.open(path))
+        label[:] = 0
+        label[2:5, 3:9] = 20
+        save_label(path, label)
+        after = self.read(own_root)
+        assert after.pixels[4].tolist() == count_by_hand(label)[0]
+        assert np.array_equal(np.delete(after.pixels, 4, 0), np.delete(before.pixels, 4, 0))
+
+    def test_changed_list_is_scanned_again(self, own_root):
+        path = own_root / "ImageSets/Segmentation/val.txt"
+        before = self.read(own_root)
+        path.write_text("\n".join(reversed(path.read_text().splitlines())))
+        assert np.array_equal(self.read(own_root).pixels, before.pixels[::-1])
+        path.write_text("\n".join(path.read_text().splitlines()[:3]))
+        assert len(self.read(own_root).pixels) == 3
+
+    def test_same_lists_of_another_root_are_scanned(self, own_root, voc_root, tmp_path, no_scan):
+        self.read(voc_root, tmp_path / "cache")
+        no_scan()
+        with pytest.raises(AssertionError, match="scanned"):
+            self.read(own_root, tmp_path / "cache")
+
+    @pytest.mark.parametrize("damage", ["empty", "cut", "garbage", "flipped"])
+    def test_damaged_cache_is_built_anew(self, own_root, damage):
+        before = self.read(own_root)
+        path = own_root / "label_index" / "val.npz"
+        data = path.read_bytes()
+        middle = len(data) // 2
+        path.write_bytes(
+            {
+                "empty": b"",
+                "cut": data[:middle],
+                "garbage": b"no archive" * 20,
+                "flipped": data[: middle - 9] + bytes(b ^ 255 for b in data[middle - 9 : middle])
+                + data[middle:],
+            }[damage]
+        )  # fmt: skip
+        assert np.array_equal(self.read(own_root).pixels, before.pixels)
+
+    def test_unwritable_cache_folder_only_warns(self, own_root, tmp_path, monkeypatch):
+        warnings = []
+        monkeypatch.setattr(voc.log, "warning", warnings.append)
+        blocked = tmp_path / "a_file"
+        blocked.write_text("")
+        index = self.read(own_root, blocked)
+        assert len(index.pixels) == 20
+        assert len(warnings) == 1 and "data_loader.args.task.idxs_path" in warnings[0]
+        assert blocked.read_text() == ""
+
+
+class TestLists:
+    def test_bare_ids_name_the_same_files_as_pairs_of_paths(self, own_root):
+        path = own_root / "ImageSets/Segmentation/val.txt"
+        pairs = VOC2012(own_root).read_list("val")
+        path.write_text("\n".join(f" {i} " for i in pairs.ids) + "\n\n")
+        assert VOC2012(own_root).read_list("val") == pairs
+
+    def test_a_bare_id_falls_back_to_segmentation_class(self, own_root):
+        path = own_root / "ImageSets/Segmentation/val.txt"
+        ids = VOC2012(own_root).read_list("val").ids
+        path.write_text("\n".join(ids))
+        plain = own_root / "SegmentationClass"
+        plain.mkdir()
+        augmented = own_root / "SegmentationClassAug"
+        (augmented / f"{ids[0]}.png").rename(plain / f"{ids[0]}.png")
+        (plain / f"{ids[1]}.png").write_bytes(b"")
+        labels = VOC2012(own_root).read_list("val").labels
+        assert labels[:2] == [plain / f"{ids[0]}.png", augmented / f"{ids[1]}.png"]
+
+    @pytest.mark.parametrize("above", [".", "VOC2012", "VOCdevkit/VOC2012"])
+    def test_the_root_may_be_the_folder_or_the_devkit_above_it(self, own_root, tmp_path, above):
+        target = tmp_path / "top" / above
+        target.parent.mkdir(parents=True, exist_ok=True)
+        own_root.rename(target)
+        assert len(VOC2012(tmp_path / "top").read_list("val").ids) == 20
+
+    def test_missing_root(self, tmp_path):
+        with pytest.raises(UserError, match=r"nowhere does not exist: .*--data_root"):
+            VOC2012(tmp_path / "nowhere")
+
+    def test_root_without_images(self, tmp_path):
+        with pytest.raises(UserError, match="has no JPEGImages"):
+            VOC2012(tmp_path)
+
+    def test_missing_list(self, own_root):
+        (own_root / "ImageSets/Segmentation/val.txt").unlink()
+        with pytest.raises(UserError, match=r"no list .*val\.txt"):
+            VOC2012(own_root).read_list("val")
+
+    def test_empty_list(self, own_root):
+        (own_root / "ImageSets/Segmentation/val.txt").write_text("\n")
+        with pytest.raises(UserError, match="is empty"):
+            VOC2012(own_root).read_list("val")
+
+    def test_line_of_three_words(self, own_root):
+        (own_root / "ImageSets/Segmentation/val.txt").write_text("a b c\n")
+        with pytest.raises(UserError, match="cannot read the line 'a b c'"):
+            VOC2012(own_root).read_list("val")
+
+    def test_missing_files_are_counted_and_the_first_five_named(self, own_root):
+        images = VOC2012(own_root).read_list("train")
+        gone = [*images.images[3:7], *images.labels[10:13]]
+        for path in gone:
+            path.unlink()
+        with pytest.raises(UserError) as refused:
+            VOC2012(own_root).read_list("train")
+        message = str(refused.value)
+        assert message.startswith("7 files")
+        assert all(str(path) in message for path in gone[:5])
+        assert not any(str(path) in message for path in gone[5:])
+
+
+class TestFiles:
+    """Files that are not what the format says."""
+
+    @staticmethod
+    def refusal(root, workers=0):
+        data = VOC2012(root)
+        with pytest.raises(UserError) as refused:
+            data.index(data.read_list("train"), workers)
+        assert "\n" not in str(refused.value)
+        assert not (root / "label_index" / "train.npz").exists()
+        return str(refused.value)
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_colour_label(self, own_root, workers):
+        path = label_files(own_root, "train_aug")[40]
+        Image.open(path).convert("RGB").save(path)
+        message = self.refusal(own_root, workers)
+        assert message.startswith(f"label {path} is a colour image")
+
+    def test_label_of_another_size_than_its_image(self, own_root):
+        path = label_files(own_root, "train_aug")[2]
+        width, height = Image.open(path).size
+        save_label(path, np.zeros((height, width + 1)))
+        message = self.refusal(own_root)
+        assert f"is {width}x{height} but its label {path} is {width + 1}x{height}" in message
+
+    @pytest.mark.parametrize("value", [21, 100, 254])
+    def test_class_id_above_20(self, own_root, value):
+        path = label_files(own_root, "train_aug")[2]
+        label = np.array(Image.open(path))
+        label[0, 0] = value
+        save_label(path, label)
+        assert self.refusal(own_root).startswith(f"{path} has class id {value}")
+
+    @pytest.mark.parametrize("keep", [0, 10, 60, 0.5, 0.9])
+    def test_torn_label(self, own_root, keep):
+        path = label_files(own_root, "train_aug")[2]
+        data = path.read_bytes()
+        path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+        assert str(path) in self.refusal(own_root)
+
+    @pytest.mark.parametrize("keep", [0, 10, 0.3, 0.7])
+    def test_torn_photograph(self, own_root, keep):
+        path = VOC2012(own_root).read_list("train").images[0]
+        data = path.read_bytes()
+        path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
+        with pytest.raises(UserError, match=f"cannot read the image {path}"):
+            read_image(path)
+
+    def test_grey_and_palette_labels_read_the_same(self, tmp_path):
+        label = np.array([[0, 1, 20], [255, 2, 3]], np.uint8)
+        grey, palette = tmp_path / "grey.png", tmp_path / "palette.png"
+        save_label(grey, label)
+        coloured = Image.fromarray(label)
+        coloured.putpalette([i * 7 % 256 for i in range(768)])
+        coloured.save(palette)
+        assert np.array_equal(read_label(grey), label)
+        assert np.array_equal(read_label(palette), label)
+
+    def test_grey_photograph_has_three_channels(self, tmp_path):
+        pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
+        Image.fromarray(pixels).save(tmp_path / "grey.png")
+        image = read_image(tmp_path / "grey.png")
+        assert image.shape == (3, 8, 8)
+        assert all(np.array_equal(channel.numpy(), pixels) for channel in image)

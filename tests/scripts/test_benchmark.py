@@ -1,0 +1,32 @@
+"""The benchmark runs and reports; how long things take is not tested."""
+
+import json
+
+import pytest
+
+from scripts.benchmark import PARTS, main
+
+SIZES = {
+    "warmup": 0,
+    "repeats": 2,
+    "num_workers": 0,
+    "backbone": "tiny",
+    "index_images": 12,
+    "index_size": 32,
+    "loader_images": 2,
+    "loader_crop": 64,
+    "eval_images": 2,
+    "eval_crop": 32,
+    "eval_batch": 2,
+}
+FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_part_reports_medians_between_least_and_most(part, tmp_path, capsys):
+    report = tmp_path / "report.json"
+    assert main([part, *FLAGS, "--json", str(report)]) == 0
+    rows = json.loads(report.read_text())["rows"]
+    table = capsys.readouterr().out
+    assert rows and all(row["part"] == part and row["name"] in table for row in rows)
+    assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)

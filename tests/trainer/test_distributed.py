@@ -1,0 +1,60 @@
+"""Two gloo processes under torchrun against one process with the same global batch."""
+
+import json
+
+import pytest
+import torch
+
+from tests.helpers import run_script, train_flags
+from utils.distributed import free_port
+
+TWO = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port")
+
+
+def gradients(voc_root, folder, processes, size, pieces):
+    output = folder / f"{processes}_{pieces}.pth"
+    launcher = (*TWO, free_port(), "-m") if processes == 2 else ("-m",)
+    result = run_script(
+        *launcher, "tests.trainer.gradients", voc_root, folder / "saved", size, pieces, output
+    )
+    assert result.returncode == 0, result.stderr
+    return torch.load(output)
+
+
+@pytest.fixture(scope="module")
+def one(voc_root, tmp_path_factory):
+    return gradients(voc_root, tmp_path_factory.mktemp("one"), 1, 10, 1)
+
+
+@pytest.mark.parametrize("pieces", [1, 2])
+def test_two_processes_have_the_gradients_loss_and_evaluation_of_one(one, voc_root, tmp_path, pieces):
+    two = gradients(voc_root, tmp_path, 2, 5, pieces)
+    assert len(two["ids"]) == 2 and sum(two["ids"], []) == one["ids"][0]
+    assert two["void"][0] != two["void"][1] and sum(two["void"]) == one["void"][0]
+    assert two["loss"] == pytest.approx(one["loss"], abs=1e-9)
+    assert two["gradients"].keys() == one["gradients"].keys()
+    for name, gradient in one["gradients"].items():
+        assert gradient.dtype == torch.float64
+        assert (gradient - two["gradients"][name]).abs().max() < 1e-9, name
+    assert max(g.abs().max() for g in one["gradients"].values()) > 1e-3
+    assert torch.equal(one["counts"], two["counts"])
+    assert one["metrics"] == two["metrics"]
+
+
+def test_training_under_torchrun_reports_what_one_process_evaluates(voc_root, tmp_path):
+    flags = train_flags(voc_root, tmp_path, epochs=1, name="two", num_workers=1)
+    result = run_script(
+        *TWO, free_port(), "train_voc.py", *flags, "--multiprocessing_distributed", "--dist_url"
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("epoch 1/1: ") == 1
+    assert result.stderr.count("CUDA") + result.stderr.count("no GPU") == 1
+    folder = tmp_path / "models" / "overlap_5-3_two" / "step_0"
+    again = run_script(
+        "eval_voc.py", "-d", 0, "--test", "-r", folder / "checkpoint-epoch1.pth",
+        "--output", tmp_path / "again.json", OMP_NUM_THREADS="2",
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "again.json").read_text() == (folder / "metrics.json").read_text()
+    assert json.loads((folder / "metrics.json").read_text())["Pixel_Accuracy"]["new"] is None
+    assert not {k for k in torch.load(folder / "last.pth")["state_dict"] if k.startswith("module.")}
