@@ -87,7 +87,7 @@ class TrainDataset(Dataset):
 def normalize(
     image: torch.Tensor, label: torch.Tensor | None = None, alone: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """uint8 [N, 3, H, W] to float32, ImageNet mean and std, channels last in memory.
+    """uint8 [N, 3, H, W] to float32, ImageNet mean and std.
 
     Images marked in `alone` (bool [N]) become exactly 0 where label (uint8 [N, H, W]) shows no
     class: replayed instances have no background.
@@ -98,4 +98,4 @@ def normalize(
     if alone is not None:
         empty = alone[:, None, None] & ((label == 0) | (label == 255))
         pixels.masked_fill_(empty[:, None], 0.0)
-    return pixels.contiguous(memory_format=torch.channels_last)
+    return pixels

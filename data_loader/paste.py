@@ -149,8 +149,8 @@ class PasteAugmentation:
         self.cell = cell_size(settings, crop_size)
         self.grid = crop_size // self.cell
         device = bank.pixels.device
-        self.mean = torch.tensor(MEAN, device=device) * 255
-        self.std = torch.tensor(STD, device=device) * 255
+        self.mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
+        self.std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
 
     def __call__(
         self,
@@ -200,7 +200,8 @@ class PasteAugmentation:
         stored = (self.bank.count > 0).expand(len(given), -1)
         keys = keys[:, :channels]
         if self.settings.class_combination:
-            potential = stored & shown(labels, channels) & ~shown(given, channels)
+            known, pseudo = shown(given, labels, channels)
+            potential = stored & pseudo & ~known
         else:
             potential = torch.zeros_like(stored)
         group = torch.where(potential, 0, torch.where(stored, 1, 2))
@@ -254,70 +255,92 @@ class PasteAugmentation:
         """Mix the instances into the images, one after another (METHOD 5, 5)."""
         n, _, h, w = images.shape
         k = self.settings.pastes
-        images = images.clone()
+        images = images.clone(memory_format=torch.contiguous_format)
         weights = torch.zeros(n, k, h, w, dtype=images.dtype, device=images.device)
         image_cells, weight_cells = self.cells(images), self.cells(weights)
+        rows, columns = plan.cell // self.grid, plan.cell % self.grid
         batch = torch.arange(n, device=images.device)
+        alphas = []
         for i in range(k):
             colour, mask = self.sample(plan, i)
-            alpha = (plan.share[:, i, None, None] * mask).to(images.dtype)[..., None]
-            at = batch, plan.cell[:, i] // self.grid, slice(None), plan.cell[:, i] % self.grid
-            image_cells[at] = torch.lerp(image_cells[at], colour.to(images.dtype), alpha)
-            before = weight_cells[at] * (1 - alpha)
-            before[..., i] = alpha[..., 0]
-            weight_cells[at] = before
+            alphas.append((plan.share[:, i, None, None] * mask).to(images.dtype))
+            at = batch, rows[:, i], columns[:, i]
+            image_cells[at] = torch.lerp(image_cells[at], colour.to(images.dtype), alphas[i][:, None])
+        # seen from the last paste down: what it leaves free is shared by those below it
+        free_cells = self.cells(torch.ones(n, 1, h, w, dtype=images.dtype, device=images.device))
+        for i in reversed(range(k)):
+            at = batch, rows[:, i], columns[:, i]
+            free = free_cells[at][:, 0]
+            weight_cells[(*at, i)] = free * alphas[i]
+            free_cells[(*at, 0)] = free * (1 - alphas[i])
         return Composite(images, plan.classes, weights)
 
     def cells(self, maps: torch.Tensor) -> torch.Tensor:
-        """View [N, grid, cell, grid, cell, C] of the cells of maps [N, C, H, W]."""
+        """View [N, grid, grid, C, cell, cell] of the cells of maps [N, C, H, W]."""
         side = self.grid * self.cell
-        view = maps.permute(0, 2, 3, 1)[:, :side, :side]
-        return view.unflatten(1, (self.grid, self.cell)).unflatten(3, (self.grid, self.cell))
+        view = maps[:, :, :side, :side].unflatten(2, (self.grid, self.cell))
+        return view.unflatten(4, (self.grid, self.cell)).permute(0, 2, 4, 1, 3, 5)
 
     def sample(self, plan: Plan, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The i-th instance of each image, resampled into a cell's upper left corner.
 
-        Returns colour float32 [N, cell, cell, 3], bilinear and normalised, and mask bool
+        Returns colour float32 [N, 3, cell, cell], bilinear and normalised, and mask bool
         [N, cell, cell], nearest; pixel centres as in torch.nn.functional.interpolate.
         """
         entry, bank = plan.entry[:, i], self.bank
-        column = torch.arange(self.cell, device=entry.device).expand(len(entry), -1)
-        row, inside_y = column, column < plan.height[:, i, None]
-        inside_x = column < plan.width[:, i, None]
-        mirrored = plan.width[:, i, None] - 1 - column
-        column = torch.where(plan.mirror[:, i, None], mirrored, column).clamp(min=0)
-        y0, y1, fy, y = _source(row, bank.height[entry], plan.height[:, i])
-        x0, x1, fx, x = _source(column, bank.width[entry], plan.width[:, i])
-        width, start = bank.width[entry, None], bank.start[entry, None]
+        height, width = plan.height[:, i, None], plan.width[:, i, None]
+        target = torch.arange(self.cell, device=entry.device).expand(len(entry), -1)
+        inside = ((target < height) & plan.used[:, i, None])[:, :, None] & (target < width)[:, None]
+        column = torch.where(plan.mirror[:, i, None], width - 1 - target, target).clamp(min=0)
+        y0, y1, fy = _neighbours(target, bank.height[entry, None], height)
+        x0, x1, fx = _neighbours(column, bank.width[entry, None], width)
 
-        def pixel(y, x):
-            index = (start + y * width)[:, :, None] + x[:, None, :]
-            return bank.pixels[index].view(torch.uint8).unflatten(2, (-1, 4))
+        def pixels(y, x):
+            row = bank.start[entry, None] + y * bank.width[entry, None]
+            return bank.pixels[row[:, :, None] + x[:, None, :]]
 
-        fx, fy = fx[:, None, :, None], fy[:, :, None, None]
-        upper = torch.lerp(pixel(y0, x0)[..., :3].float(), pixel(y0, x1)[..., :3].float(), fx)
-        lower = torch.lerp(pixel(y1, x0)[..., :3].float(), pixel(y1, x1)[..., :3].float(), fx)
-        colour = torch.lerp(upper, lower, fy).sub_(self.mean).div_(self.std)
-        inside = inside_y[:, :, None] & inside_x[:, None, :] & plan.used[:, i, None, None]
-        return colour, inside & (pixel(y, x)[..., 3] > 0)
+        corners = pixels(y0, x0), pixels(y0, x1), pixels(y1, x0), pixels(y1, x1)
+        fx, fy = fx[:, None, :], fy[:, :, None]
+        near_x, near_y = fx >= 0.5, fy >= 0.5
+        nearest = torch.where(
+            near_y,
+            torch.where(near_x, corners[3], corners[2]),
+            torch.where(near_x, corners[1], corners[0]),
+        )
+        upper, lower = (
+            torch.lerp(_colours(left), _colours(right), fx[:, None])
+            for left, right in (corners[:2], corners[2:])
+        )
+        colour = torch.lerp(upper, lower, fy[:, None]).sub_(self.mean).div_(self.std)
+        return colour, inside & (nearest >> 24 > 0)
 
 
-def _source(target, size, scaled_size):
-    """Source coordinates of target pixels [N, cell] along one axis, sizes [N].
+def _colours(packed):
+    """float32 [N, 3, H, W] in 0..255, from packed pixels int32 [N, H, W]."""
+    colours = torch.empty(len(packed), 3, *packed.shape[1:], device=packed.device)
+    for channel in range(3):
+        colours[:, channel] = packed >> 8 * channel & 255
+    return colours
 
-    Returns the two neighbours int64 and the fraction between them float32, for bilinear sampling,
-    and the nearest pixel int64.
+
+def _neighbours(target, size, scaled_size):
+    """Source pixels next to target pixels [N, cell] along one axis, sizes [N, 1].
+
+    Returns both neighbours, int64, and the fraction between them, float32; the nearest pixel is the
+    second where the fraction reaches one half.
     """
-    last = (size - 1)[:, None]
-    centre = (target + 0.5) * (size.float() / scaled_size.float())[:, None]
+    centre = (target + 0.5) * (size.float() / scaled_size.float())
     below = (centre - 0.5).clamp(min=0)
-    lower = below.long().minimum(last)
-    nearest = centre.long().minimum(last)
-    return lower, (lower + 1).minimum(last), below - lower, nearest
+    first = below.long().minimum(size - 1)
+    return first, (first + 1).minimum(size - 1), below - first
 
 
-def shown(labels: torch.Tensor, channels: int) -> torch.Tensor:
-    """bool [N, channels]: the label maps uint8 [N, H, W] show the channel."""
-    flat = labels.flatten(1).long()
-    found = torch.zeros(len(labels), 256, dtype=torch.bool, device=labels.device)
-    return found.scatter_(1, flat, True)[:, :channels]
+def shown(given: torch.Tensor, labels: torch.Tensor, channels: int) -> tuple[torch.Tensor, ...]:
+    """Channels that images show: bool [N, channels] of the given labels, and of the pseudo labels.
+
+    given uint8 [N, H, W]; labels, the same with background pixels pseudo labelled.
+    """
+    pseudo = (labels != given).flatten(1)
+    found = torch.zeros(len(given), 512, dtype=torch.bool, device=given.device)
+    found.scatter_(1, labels.flatten(1) + 256 * pseudo, True)
+    return found[:, :channels], found[:, 256 : 256 + channels]

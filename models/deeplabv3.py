@@ -141,7 +141,8 @@ def imagenet_weights(backbone: str, file: str | Path | None = None) -> dict[str,
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in _make_backbone(backbone)[0].state_dict().items()}
     state = {key: value for key, value in state.items() if not key.startswith("fc.")}
-    wrong = [k for k in {**shapes, **state} if k not in state or shapes.get(k) != state[k].shape]
+    found = {k: getattr(v, "shape", ()) for k, v in state.items()}
+    wrong = [k for k in {**shapes, **found} if shapes.get(k) != found.get(k)]
     # files written before BatchNorm counted its batches lack that key
     wrong = [k for k in wrong if not k.endswith("num_batches_tracked")]
     if wrong:

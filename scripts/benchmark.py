@@ -273,7 +273,7 @@ FLAGS = {
     "--index_size": (80, "longer side of a label map, up to 1.25 times this, pixels"),
     "--loader_images": (24, "images"),
     "--loader_crop": (512, "crop, pixels"),
-    "--eval_images": (32, "images"),
+    "--eval_images": (96, "images"),
     "--eval_crop": (128, "crop, pixels"),
     "--eval_batch": (8, "images per batch"),
     "--num_workers": (2, "loader processes where a whole loader is measured"),

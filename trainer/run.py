@@ -34,12 +34,15 @@ def train(config: Config, run: Run) -> None:
     data = StepData(config)
     barrier()
     _start_log(config, run, config.step_dir(kind="log"))
+    if resume:
+        _warn_of_changes(folder, config)
     if data.step:
         trainer = IncrementalStep(config, data, resume, previous_checkpoint(config, run))
     else:
         trainer = BaseStep(config, data, resume)
     if rank() == 0:
-        (folder / "metrics.json").unlink(missing_ok=True)
+        if not resume:
+            _clear(folder)
         write_config(folder / "config.json", config)
     trainer.fit()
 
@@ -91,15 +94,35 @@ def _where_to_start(config, run):
         if rank() == 0:
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
         return "finished"
-    if run.resume == "auto":
-        return last if last.is_file() else None
-    if run.resume:
+    if run.resume and run.resume != "auto":
         return Path(run.resume)
+    if run.resume and last.is_file():
+        return last
     if last.is_file():
         raise UserError(
             f"{folder} holds an unfinished step: --resume auto goes on with it, --overwrite starts anew"
         )
+    if final_checkpoint(folder):
+        raise UserError(
+            f"{folder} holds a checkpoint that was not trained here: choose another --name, or "
+            "--overwrite it"
+        )
     return None
+
+
+def _warn_of_changes(folder, config):
+    """Say which settings a resumed run continues with that it was not started with."""
+    if (folder / "config.json").is_file():
+        changed = differences(load_config(folder / "config.json")[0], config)
+        if changed:
+            log.warning(f"resuming with other settings than before: {', '.join(changed)}")
+
+
+def _clear(folder):
+    """Remove a step's old output, what marks it as finished first; its memory is drawn the same."""
+    for pattern in ("metrics.json", "last.pth", "model_best.pth", "checkpoint-epoch*.pth"):
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def previous_checkpoint(config: Config, run: Run) -> Path:

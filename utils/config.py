@@ -8,6 +8,7 @@ import argparse
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -350,6 +351,8 @@ def _check_range(where, value, metadata):
         wrong = [item for item in value if item not in metadata["each"]]
         if wrong:
             raise UserError(f"{where} has {wrong[0]!r}; allowed: {', '.join(metadata['each'])}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} is {value}; it must be finite")
     if low is not None and not value >= low:
         raise UserError(f"{where} is {value}; it must be at least {low}")
     if high is not None and not value <= high:

@@ -1,0 +1,224 @@
+"""The paste of METHOD 5, 1-5, one image and one instance at a time; and a guard against waiting."""
+
+import pathlib
+from contextlib import contextmanager
+from dataclasses import dataclass
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+VOID = 255
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+MEAN_COLOUR = (124, 116, 104)
+
+
+@dataclass
+class Stored:
+    """Instances as a loaded memory holds them: crops [h, w, 3], labels [h, w], class of the list."""
+
+    images: list[np.ndarray]
+    labels: list[np.ndarray]
+    drawn_for: list[int]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass
+class Pasted:
+    """One image after its pastes: image [3, H, W], soft label float64 [C, H, W] of its base and its
+    pastes, and of each paste that took place (channel, lambda, mask bool [H, W])."""
+
+    image: torch.Tensor
+    soft: torch.Tensor
+    pastes: list[tuple[int, float, torch.Tensor]]
+
+
+def plain_pseudo_labels(labels, teacher, threshold):
+    """Labels with the teacher's confident classes: full-size float64 scores of the whole batch."""
+    size = labels.shape[-2:]
+    scores = F.interpolate(teacher.double(), size, mode="bilinear", align_corners=False).sigmoid()
+    filled = labels.clone()
+    for n in range(len(labels)):
+        for y in range(size[0]):
+            for x in range(size[1]):
+                pixel = scores[n, :, y, x].tolist()
+                best = pixel.index(max(pixel))
+                if labels[n, y, x] == 0 and best > 0 and pixel[best] >= threshold:
+                    filled[n, y, x] = best
+    return filled
+
+
+def plain_paste(settings, crop, memory, channels, images, given, labels, numbers, replayed):
+    """A Pasted for each image of a batch; numbers: what `Numbers.split` returns."""
+    return [
+        _paste_into(
+            settings,
+            crop,
+            memory,
+            channels,
+            images[n],
+            given[n],
+            labels[n],
+            {name: values[n].numpy() for name, values in numbers.items()},
+            bool(replayed[n]),
+        )
+        for n in range(len(images))
+    ]
+
+
+def _paste_into(settings, crop, memory, channels, image, given, labels, numbers, replayed):
+    image = image.clone()
+    top_channel = int(max(channels, labels[labels != VOID].max(initial_zero(labels)) + 1))
+    soft = torch.zeros(top_channel, *labels.shape, dtype=torch.float64)
+    for c in range(top_channel):
+        soft[c] = labels == c
+    result = Pasted(image, soft, [])
+    if replayed and not settings.on_replay:
+        return result
+
+    chosen = choose_classes(settings, memory, channels, given, labels, numbers["classes"])
+    cell = int(settings.cell * crop / 512)
+    ranked = rank_cells(settings, crop // cell, cell, labels, numbers["cells"])
+    for k, (c, added) in enumerate(chosen):
+        entries = [i for i, drawn_for in enumerate(memory.drawn_for) if drawn_for == c]
+        pick = min(int(np.float32(numbers["entry"][k] * len(entries))), len(entries) - 1)
+        colour, mask = region_of(memory, entries[pick])
+        if min(mask.shape) == 1:
+            continue
+        height, width = fitted(settings, cell, mask.shape, numbers["aspect"][k])
+        mirrored = settings.augment and numbers["mirror"][k] < 0.5
+        colour, mask = resampled(colour, mask, height, width, mirrored)
+        share = settings.lambda_min + (1 - settings.lambda_min) * float(numbers["share"][k])
+        if not settings.fusion:
+            share = 1.0
+        best = settings.position and added and settings.fill_in == "best"
+        row, column = ranked[0 if best else k % len(ranked)]
+        place = np.s_[row : row + height, column : column + width]
+
+        whole = torch.zeros(labels.shape, dtype=torch.bool)
+        whole[place] = mask
+        canvas = torch.zeros_like(image)
+        canvas[:, *place] = colour.to(image.dtype)
+        one_hot = torch.zeros(len(result.soft), 1, 1, dtype=torch.float64)
+        one_hot[c] = 1
+        result.image[:, whole] = (share * canvas + (1 - share) * result.image)[:, whole]
+        result.soft[:, whole] = (share * one_hot + (1 - share) * result.soft)[:, whole]
+        result.pastes.append((c, share, whole))
+    return result
+
+
+def choose_classes(settings, memory, channels, given, labels, keys):
+    """[(channel, whether it is a random fill-in)] of the pastes of one image."""
+    pastes = settings.pastes
+    by_key = sorted(range(1, channels), key=lambda c: keys[c])
+    stored = [c for c in by_key if c in memory.drawn_for]
+    if not stored:
+        return []
+    if not settings.class_combination:
+        return [(stored[k % len(stored)], False) for k in range(pastes)]
+    in_labels, in_given = set(labels.unique().tolist()), set(given.unique().tolist())
+    potential = [c for c in stored if c in in_labels and c not in in_given]
+    if len(potential) >= min(2, pastes) or settings.fill_in == "none":
+        return [(c, False) for c in potential[:pastes]]
+    round_of_all = potential + [c for c in stored if c not in potential]
+    chosen = [(c, False) for c in potential]
+    while len(chosen) < pastes:
+        chosen.append((round_of_all[len(chosen) % len(round_of_all)], True))
+    return chosen
+
+
+def rank_cells(settings, grid, cell, labels, keys):
+    """Upper left corners (row, column) of the cells, in the order in which they are filled."""
+    corners = [(cell * row, cell * column) for row in range(grid) for column in range(grid)]
+    if not settings.position:
+        return [corners[i] for i in np.argsort(keys)]
+    background = []
+    for row, column in corners:
+        part = labels[row : row + cell, column : column + cell]
+        background.append(int((part == 0).sum()) + int((part == VOID).sum()))
+    order = sorted(range(len(corners)), key=lambda i: (-background[i], i))
+    return [corners[i] for i in order]
+
+
+def region_of(memory, i):
+    """Colour float32 [3, h, w] in 0..255, the mean colour beside the class; mask bool [h, w]."""
+    mask = memory.labels[i] == memory.drawn_for[i]
+    rows, columns = np.nonzero(mask)
+    box = np.s_[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    colour, mask = memory.images[i][box].astype(np.float32), mask[box]
+    colour[~mask] = MEAN_COLOUR
+    return torch.from_numpy(colour).permute(2, 0, 1), torch.from_numpy(mask)
+
+
+def fitted(settings, cell, shape, aspect):
+    """Height and width of a stretched region that is scaled to fit a cell, in float32 arithmetic."""
+    stretch = np.float32((torch.tensor(4 / 3) ** torch.tensor(2 * aspect - np.float32(1))).item())
+    root = np.sqrt(stretch) if settings.augment else np.float32(1)
+    height, width = np.float32(shape[0]) / root, np.float32(shape[1]) * root
+    scale = np.float32(cell) / max(height, width)
+    if settings.max_upscale is not None:
+        scale = min(scale, np.float32(settings.max_upscale))
+    return tuple(min(max(int(np.round(side * scale)), 1), cell) for side in (height, width))
+
+
+def resampled(colour, mask, height, width, mirrored):
+    """Normalised colour [3, height, width] and mask [height, width]."""
+    size = (height, width)
+    colour = F.interpolate(colour[None], size, mode="bilinear", align_corners=False)[0]
+    mask = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0] > 0
+    if mirrored:
+        colour, mask = colour.flip(2), mask.flip(1)
+    mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in (IMAGENET_MEAN, IMAGENET_STD))
+    return (colour - mean) / std, mask
+
+
+class Waits(Exception):
+    """An operation that would wait for the device."""
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses operations that wait for the device, or whose result's size depends on data."""
+
+    READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero")
+    SIZES = ("unique", "unique_dim", "unique_consecutive", "_unique", "_unique2", "bincount", "histc")
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        if name.startswith("nonzero") or name in self.READS + self.SIZES:
+            raise Waits(name)
+        if name in ("index", "index_put", "index_put_", "_unsafe_index"):
+            if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
+                raise Waits(f"{name} with a mask")
+        if name == "repeat_interleave" and not isinstance(args[1:2], int):
+            raise Waits(name)
+        source = next((a for a in args if isinstance(a, torch.Tensor)), None)
+        device = kwargs.get("device")
+        if name == "_to_copy" and device is not None and torch.device(device) != source.device:
+            raise Waits(f"copy to {device}")
+        if name == "copy_" and args[0].device != args[1].device:
+            raise Waits("copy_ between devices")
+        return function(*args, **kwargs)
+
+
+@contextmanager
+def no_waiting():
+    """No operation that waits for a device, and no file, is used inside."""
+
+    def refuse(*args, **kwargs):
+        raise Waits(f"file access: {args}")
+
+    opens = (mock.patch("builtins.open", refuse), mock.patch.object(pathlib.Path, "open", refuse))
+    if torch.cuda.is_available():
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with NoWaiting(), opens[0], opens[1]:
+            yield
+    finally:
+        if torch.cuda.is_available():
+            torch.cuda.set_sync_debug_mode("default")

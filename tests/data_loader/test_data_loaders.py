@@ -1,0 +1,173 @@
+"""What a step sees, against a reading of the label maps, and which samples form which batch."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_loader import data_loaders
+from data_loader.data_loaders import EvalBatches, StepData, TrainBatches
+from tests.helpers import small_config
+from utils.errors import UserError
+
+ORDER_B = [12, 9, 20, 7, 15, 8, 14, 16, 5, 19, 4, 1, 13, 2, 11, 17, 3, 6, 18, 10]
+TASKS = {
+    "5-3": (list(range(1, 21)), [5, 3, 3, 3, 3, 3]),
+    "15-1": (list(range(1, 21)), [15, 1, 1, 1, 1, 1]),
+    "15-5": (list(range(1, 21)), [15, 5]),
+    "19-1": (list(range(1, 21)), [19, 1]),
+    "10-10": (list(range(1, 21)), [10, 10]),
+    "joint": (list(range(1, 21)), [20]),
+    "15-1_b": (ORDER_B, [15, 1, 1, 1, 1, 1]),
+}
+
+
+def read_root(root, name):
+    """Pairs of id and label map, in the order of a list."""
+    lines = (root / f"ImageSets/Segmentation/{name}.txt").read_text().splitlines()
+    labels = [root / line.split()[1].lstrip("/") for line in lines]
+    return [(path.stem, np.array(Image.open(path))) for path in labels]
+
+
+def brute_force(pairs, order, sizes, setting, step, split):
+    """Ids and labels in channels of a split of a step, straight from the definitions."""
+    starts = np.cumsum([0, *sizes])
+    now = set(order[starts[step] : starts[step + 1]])
+    seen = set(order[: starts[step + 1]])
+    result = []
+    for name, label in pairs:
+        shown = set(np.unique(label).tolist()) - {0, 255}
+        if split == "train":
+            chosen = shown & now and (setting == "overlap" or not shown - seen)
+            visible = seen if setting == "sequential" else now
+        elif split == "val":
+            chosen, visible = shown & now, now
+        else:
+            chosen, visible = shown & seen, seen
+        if chosen:
+            channels = np.zeros_like(label)
+            for position, c in enumerate(order, start=1):
+                if c in visible:
+                    channels[label == c] = position
+            channels[label == 255] = 255
+            result.append((name, channels))
+    return result
+
+
+@pytest.mark.parametrize("setting", ["overlap", "disjoint", "sequential"])
+@pytest.mark.parametrize("task", TASKS)
+def test_splits_and_labels_equal_a_reading_of_the_label_maps(voc_root, tmp_path, task, setting):
+    order, sizes = TASKS[task]
+    pairs = {name: read_root(voc_root, name) for name in ("train_aug", "val")}
+    for step in range(len(sizes)):
+        config = small_config(
+            voc_root, tmp_path, task_name=task, task_setting=setting, task_step=step
+        )
+        data = StepData(config)
+        assert data.classes == sizes[: step + 1]
+        for split in ("train", "val", "test"):
+            source = pairs["train_aug" if split == "train" else "val"]
+            expected = brute_force(source, order, sizes, setting, step, split)
+            if split == "train" and not expected:
+                with pytest.raises(UserError, match="no training image"):
+                    data.training()
+                continue
+            dataset = data.training() if split == "train" else data.evaluation(split)[0]
+            assert dataset.ids == [name for name, _ in expected], (step, split)
+            for i, (_, label) in enumerate(expected):
+                assert np.array_equal(dataset.load(i)[1].numpy(), label)
+
+
+def test_the_three_settings_differ(voc_root, tmp_path):
+    chosen = {}
+    for setting in ("overlap", "disjoint", "sequential"):
+        data = StepData(small_config(voc_root, tmp_path, task_setting=setting, task_step=1))
+        training = data.training()
+        values = {v for i in range(len(training)) for v in training.load(i)[1].unique().tolist()}
+        chosen[setting] = training.ids, values
+    assert set(chosen["disjoint"][0]) < set(chosen["overlap"][0])
+    assert chosen["disjoint"][0] == chosen["sequential"][0]
+    assert chosen["overlap"][1] == chosen["disjoint"][1] == {0, 6, 7, 8, 255}
+    assert chosen["sequential"][1] & {1, 2, 3, 4, 5}
+
+
+@pytest.mark.parametrize(
+    ("step", "split", "groups"),
+    [
+        (0, "test", ([0, 1, 2, 3, 4, 5], [])),
+        (0, "val", ([0], [1, 2, 3, 4, 5])),
+        (2, "test", ([0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11])),
+        (2, "val", ([0], [9, 10, 11])),
+    ],
+)
+def test_old_and_new_channels_of_the_report(voc_root, tmp_path, step, split, groups):
+    data = StepData(small_config(voc_root, tmp_path, task_step=step))
+    assert data.groups(split) == groups
+
+
+def test_hidden_classes_can_be_void(voc_root, tmp_path):
+    config = small_config(voc_root, tmp_path, data_loader__args__train__args__masking_value=255)
+    training = StepData(config).training()
+    hidden = 0
+    for i in range(len(training)):
+        raw = np.array(Image.open(training.labels[i]))
+        label = training.load(i)[1].numpy()
+        assert np.array_equal(label == 255, raw > 5)
+        hidden += int(((raw > 5) & (raw < 255)).sum())
+    assert hidden
+
+
+@pytest.mark.parametrize("samples", [24, 29])
+@pytest.mark.parametrize(("size", "processes"), [(8, 1), (4, 2), (2, 4), (3, 3)])
+def test_batches_of_all_processes_are_one_order_cut_in_pieces(samples, size, processes):
+    def order(processes, size, epoch):
+        parts = []
+        for rank in range(processes):
+            batches = TrainBatches(samples, size, 7, rank, processes)
+            batches.epoch = epoch
+            parts.append(list(batches))
+            assert len(batches) == len(parts[-1]) == samples // (size * processes)
+            assert batches.sizes() == [size] * processes
+        return [sum((part[b] for part in parts), []) for b in range(len(parts[0]))]
+
+    for epoch in (0, 5):
+        batches = order(processes, size, epoch)
+        assert batches == order(1, size * processes, epoch)
+        keys = sum(batches, [])
+        assert {e for e, _ in keys} == {epoch}
+        indices = [i for _, i in keys]
+        assert len(set(indices)) == len(indices) and set(indices) <= set(range(samples))
+        assert indices != sorted(indices)
+    assert order(1, 8, 0) != [[(0, i) for _, i in batch] for batch in order(1, 8, 5)]
+
+
+def test_the_order_depends_on_the_seed():
+    assert list(TrainBatches(20, 4, 1)) != list(TrainBatches(20, 4, 2))
+
+
+def test_a_small_training_set_is_one_smaller_batch_with_a_warning(monkeypatch):
+    warnings = []
+    monkeypatch.setattr(data_loaders.log, "warning", warnings.append)
+    ranks = [TrainBatches(5, 4, 1, rank, 2) for rank in range(2)]
+    assert ranks[0].sizes() == [3, 2]
+    assert [len(next(iter(r))) for r in ranks] == [3, 2]
+    assert sorted(i for r in ranks for _, i in next(iter(r))) == [0, 1, 2, 3, 4]
+    assert "one batch of 5 instead of 8" in warnings[0]
+    warnings.clear()
+    TrainBatches(8, 4, 1, 0, 2)
+    assert not warnings
+
+
+def test_fewer_images_than_processes_is_an_error():
+    with pytest.raises(UserError, match="2 training images cannot be shared by 3 processes"):
+        TrainBatches(2, 4, 1, 0, 3)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 7])
+@pytest.mark.parametrize("samples", [1, 8, 19])
+def test_evaluation_counts_every_image_once_in_the_same_batches(samples, processes):
+    parts = [list(EvalBatches(samples, 4, rank, processes)) for rank in range(processes)]
+    batches = sorted(batch for part in parts for batch in part)
+    assert batches == list(EvalBatches(samples, 4))
+    assert sum(batches, []) == list(range(samples))
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1

@@ -1,0 +1,215 @@
+"""The network: the family's keys, its parts, prediction, ImageNet weights."""
+
+import hashlib
+from urllib.error import URLError
+
+import pytest
+import torch
+from torch.nn.functional import interpolate
+from torchvision.models import resnet50
+
+from models import DeepLabV3, deeplabv3
+from models.deeplabv3 import freeze_bn, imagenet_weights, predict
+from tests.helpers import FACTS
+from utils.checkpoint import load_weights
+from utils.errors import UserError
+
+KEYS_SHA256 = "7a20d9bb0a1b1cdf202bcff93a9ae2e533fa8bc447b21d8c422c5759078f5e74"
+
+
+def on_meta(classes, backbone):
+    with torch.device("meta"):
+        return DeepLabV3(classes, backbone)
+
+
+def listing(state) -> list[str]:
+    return [f"{key} {'x'.join(map(str, value.shape)) or 'scalar'}" for key, value in state.items()]
+
+
+@pytest.fixture
+def tiny():
+    torch.manual_seed(0)
+    return DeepLabV3([5, 3], "tiny")
+
+
+class TestKeys:
+    def test_keys_and_shapes_are_the_familys(self):
+        state = on_meta([5, 3], "resnet101").state_dict()
+        rows = sorted(f"{key} {tuple(value.shape)}" for key, value in state.items())
+        assert hashlib.sha256("\n".join(rows).encode()).hexdigest() == KEYS_SHA256
+
+    def test_keys_and_shapes_equal_the_facts(self):
+        path = FACTS / "state_dict_keys.txt"
+        if not path.is_file():
+            pytest.skip("the facts are not here")
+        facts = [r for r in path.read_text().splitlines() if r.strip() and not r.startswith("#")]
+        assert listing(on_meta([5, 3], "resnet101").state_dict()) == [fact.strip() for fact in facts]
+
+    def test_a_state_dict_with_those_keys_loads_strictly(self):
+        model = on_meta([5, 3], "resnet101")
+        state = {k: torch.empty_like(v) for k, v in model.state_dict().items()}
+        assert not any(model.load_state_dict(state, strict=True))
+        load_weights(model, state, "x.pth")
+
+    def test_a_classifier_per_step(self):
+        model = on_meta([15, 1, 1], "tiny")
+        assert [c.out_channels for c in model.cls] == [1, 15, 1, 1]
+
+    def test_unknown_backbone(self):
+        with pytest.raises(UserError, match="resnet101, resnet50 or tiny"):
+            DeepLabV3([5], "resnet18")
+
+
+class TestForward:
+    @pytest.mark.parametrize(("backbone", "channels"), [("tiny", 128), ("resnet50", 2048)])
+    def test_logits_are_those_of_the_parts_put_together_by_hand(self, backbone, channels):
+        torch.manual_seed(1)
+        model = DeepLabV3([5, 3], backbone).eval()
+        images = torch.randn(2, 3, 65, 80)
+        with torch.no_grad():
+            coarse, full = model(images, upsample=False), model(images)
+            features = model.backbone(images)
+            assert features.shape == (2, channels, 5, 5)
+            assert coarse.shape == (2, 9, 5, 5)
+            assert full.shape == (2, 9, 65, 80)
+            branches = torch.cat([branch(features) for branch in model.aspp.convs], dim=1)
+            head = model.aspp.last_conv(model.aspp.project(branches))
+            by_hand = torch.cat([classifier(head) for classifier in model.cls], dim=1)
+            wide = interpolate(by_hand, (65, 80), mode="bilinear", align_corners=False)
+        assert torch.equal(coarse, by_hand)
+        assert torch.equal(full, wide)
+
+    def test_features_of_the_resnet_are_torchvisions(self):
+        torch.manual_seed(1)
+        model = DeepLabV3([5], "resnet50").eval()
+        net = resnet50(replace_stride_with_dilation=[False, False, True]).eval()
+        net.load_state_dict({**net.state_dict(), **model.backbone.state_dict()})
+        images = torch.randn(1, 3, 64, 64)
+        with torch.no_grad():
+            x = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+            x = net.layer4(net.layer3(net.layer2(net.layer1(x))))
+            assert torch.equal(model.backbone(images), x)
+
+    def test_rates_dropout_and_momentum(self):
+        model = on_meta([5], "resnet101")
+        rates = [m.dilation[0] for m in model.aspp.modules() if isinstance(m, torch.nn.Conv2d)]
+        assert [r for r in rates if r > 1] == [6, 12, 18]
+        assert [m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)] == [0.1]
+        norms = [m for m in model.backbone.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert norms and {m.momentum for m in norms} == {0.01}
+        head = [m for m in model.aspp.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+        assert {m.momentum for m in head} == {0.1}
+        assert model.backbone.layer4[0].conv2.stride == (1, 1)
+        assert model.backbone.layer4[1].conv2.dilation == (2, 2)
+
+    def test_the_head_starts_kaiming_normal(self, tiny):
+        for conv in [m for m in tiny.aspp.modules() if isinstance(m, torch.nn.Conv2d)]:
+            fan_in = conv.weight[0].numel()
+            assert conv.weight.std().item() == pytest.approx((2 / fan_in) ** 0.5, rel=0.05)
+
+    def test_the_background_classifier_does_not_shape_the_features(self, tiny):
+        tiny.eval()
+        images = torch.randn(2, 3, 64, 64)
+        tiny(images)[:, 0].sum().backward()
+        assert tiny.cls[0].weight.grad.abs().sum() > 0
+        others = [p for n, p in tiny.named_parameters() if not n.startswith("cls.0")]
+        assert all(p.grad is None or p.grad.abs().max() == 0 for p in others)
+        tiny(images)[:, 1:].sum().backward()
+        shaped = [*tiny.backbone.parameters(), *tiny.aspp.parameters()]
+        assert all(p.grad is not None for p in shaped)
+
+
+def test_prediction_is_the_best_foreground_class_above_one_half():
+    g = torch.Generator().manual_seed(2)
+    logits = 3 * torch.randn(2, 5, 9, 8, generator=g)
+    logits[0, :, 0, 0] = torch.tensor([9.0, -1.0, -0.1, -3.0, -2.0])
+    logits[0, :, 0, 1] = torch.tensor([9.0, 0.1, 0.2, -3.0, -2.0])
+    logits[0, :, 0, 2] = torch.tensor([-9.0, 0.0, 0.0, -1.0, -1.0])
+    found = predict(logits)
+    scores = logits.sigmoid()
+    for n, y, x in torch.cartesian_prod(torch.arange(2), torch.arange(9), torch.arange(8)).tolist():
+        foreground = scores[n, 1:, y, x].tolist()
+        best = max(foreground)
+        assert found[n, y, x] == (foreground.index(best) + 1 if best > 0.5 else 0)
+    assert found[0, 0, :3].tolist() == [0, 2, 0]
+
+
+def test_freezing_stops_statistics_gradients_and_dropout(tiny):
+    tiny.train()
+    freeze_bn(tiny)
+    before = {k: v.clone() for k, v in tiny.state_dict().items() if "running" in k or "num_b" in k}
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(tiny(images), tiny(images))
+    after = tiny.state_dict()
+    assert all(torch.equal(v, after[k]) for k, v in before.items())
+    frozen = [m for m in tiny.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    assert not any(p.requires_grad for m in frozen for p in m.parameters())
+    assert all(p.requires_grad for p in tiny.cls.parameters())
+
+
+class TestImagenetWeights:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def file(tmp_path_factory):
+        torch.manual_seed(4)
+        path = tmp_path_factory.mktemp("weights") / "resnet50.pth"
+        torch.save(resnet50().state_dict(), path)
+        return path
+
+    def test_from_a_file(self, file):
+        weights = imagenet_weights("resnet50", file)
+        model = DeepLabV3([5], "resnet50")
+        model.backbone.load_state_dict(weights)
+        stored = torch.load(file)
+        for key, value in model.backbone.state_dict().items():
+            assert torch.equal(value, stored[key]), key
+
+    def test_files_without_batch_counts_are_taken(self, file, tmp_path):
+        state = {k: v for k, v in torch.load(file).items() if "num_batches" not in k}
+        torch.save(state, tmp_path / "old.pth")
+        DeepLabV3([5], "resnet50").backbone.load_state_dict(
+            imagenet_weights("resnet50", tmp_path / "old.pth")
+        )
+
+    def test_pretrained_model_starts_from_them(self, monkeypatch):
+        torch.manual_seed(3)
+        wanted = DeepLabV3([5], "tiny").backbone.state_dict()
+        monkeypatch.setattr(deeplabv3, "imagenet_weights", lambda name: wanted)
+        model = DeepLabV3([5], "tiny", pretrained=True)
+        assert all(torch.equal(v, wanted[k]) for k, v in model.backbone.state_dict().items())
+
+    def test_weights_of_another_network_are_refused(self, file):
+        with pytest.raises(UserError, match="holds no weights of resnet101: layer"):
+            imagenet_weights("resnet101", file)
+
+    @pytest.mark.parametrize("wrapped", [True, False])
+    def test_a_training_checkpoint_is_refused(self, file, tmp_path, wrapped):
+        state = torch.load(file)
+        torch.save({"state_dict": state} if wrapped else {**state, "epoch": 3}, tmp_path / "c.pth")
+        with pytest.raises(UserError, match="holds no weights of resnet50"):
+            imagenet_weights("resnet50", tmp_path / "c.pth")
+
+    def test_missing_and_torn_files_are_refused(self, file, tmp_path):
+        with pytest.raises(UserError, match="no backbone weights at"):
+            imagenet_weights("resnet50", tmp_path / "nowhere.pth")
+        (tmp_path / "torn.pth").write_bytes(file.read_bytes()[:1000])
+        with pytest.raises(UserError, match="torn"):
+            imagenet_weights("resnet50", tmp_path / "torn.pth")
+
+    @pytest.mark.parametrize("error", [URLError("no route to host"), RuntimeError("invalid hash")])
+    def test_a_failed_download_says_how_to_do_without(self, monkeypatch, error):
+        def fail(*_, **__):
+            raise error
+
+        kind = type(deeplabv3.RESNETS["resnet101"][1])
+        monkeypatch.setattr(kind, "get_state_dict", fail)
+        with pytest.raises(UserError) as refused:
+            imagenet_weights("resnet101")
+        message = str(refused.value)
+        assert "--backbone_weights FILE" in message and "--backbone_weights none" in message
+        assert "https://download.pytorch.org/models/resnet101" in message
+        assert "\n" not in message
+
+    def test_the_tiny_backbone_has_none(self):
+        with pytest.raises(UserError, match="no ImageNet weights for the backbone tiny"):
+            imagenet_weights("tiny")
