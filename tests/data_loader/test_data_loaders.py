@@ -59,9 +59,7 @@ def test_splits_and_labels_equal_a_reading_of_the_label_maps(voc_root, tmp_path,
     order, sizes = TASKS[task]
     pairs = {name: read_root(voc_root, name) for name in ("train_aug", "val")}
     for step in range(len(sizes)):
-        config = small_config(
-            voc_root, tmp_path, task_name=task, task_setting=setting, task_step=step
-        )
+        config = small_config(voc_root, tmp_path, task_name=task, task_setting=setting, task_step=step)
         data = StepData(config)
         assert data.classes == sizes[: step + 1]
         for split in ("train", "val", "test"):

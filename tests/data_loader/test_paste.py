@@ -1,0 +1,651 @@
+"""The batched paste against a plain one, its properties, and that nothing in it waits for a device."""
+
+import contextlib
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given as sampled
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+
+from data_loader.dataset import normalize
+from data_loader.paste import Bank, Numbers, PasteAugmentation, cell_size, pseudo_labels
+from models.losses import auxiliary_sum, bce_sum, distillation_sum, sum_over_images
+from tests.data_loader.paste_reference import (
+    Stored,
+    Waits,
+    no_waiting,
+    plain_paste,
+    plain_pseudo_labels,
+)
+from utils.config import Paste
+
+CPU = torch.device("cpu")
+VOID = 255
+
+
+def random_entry(rng, channels, height, width, kind):
+    """An image [h, w, 3], its labels [h, w], and the class that it was drawn for."""
+    drawn_for = int(rng.integers(1, channels))
+    frame = rng.integers(0, 3, 4)
+    shape = (height + frame[0] + frame[1], width + frame[2] + frame[3])
+    label = np.zeros(shape, np.uint8)
+    inner = label[frame[0] : frame[0] + height, frame[2] : frame[2] + width]
+    if kind == "full":
+        inner[:] = drawn_for
+    else:
+        inner[rng.random(inner.shape) < 0.6] = drawn_for
+        inner[0, 0] = drawn_for
+    if kind == "shared" and channels > 2:
+        other = 1 + drawn_for % (channels - 1)
+        inner[rng.random(inner.shape) < 0.3] = other
+        inner[-1, -1] = drawn_for
+    image = rng.integers(0, 256, (*shape, 3)).astype(np.uint8)
+    return image, label, drawn_for
+
+
+def random_memory(rng, channels, shapes):
+    rows = [random_entry(rng, channels, h, w, kind) for h, w, kind in shapes]
+    return Stored(*([row[i] for row in rows] for i in range(3)))
+
+
+def random_labels(rng, kind, crop, channels, total):
+    """Given labels and the same with pseudo labels, uint8 [crop, crop]."""
+    labels = np.zeros((crop, crop), np.uint8)
+    if kind == "void":
+        labels[:] = VOID
+    elif kind == "foreground":
+        labels[:] = rng.integers(1, total)
+    elif kind == "random":
+        for _ in range(rng.integers(1, 8)):
+            top, left = rng.integers(0, crop, 2)
+            value = rng.choice([0, VOID, *range(1, total)])
+            labels[top : top + rng.integers(1, crop), left : left + rng.integers(1, crop)] = value
+    given = labels.copy()
+    for c in range(1, channels):
+        if rng.random() < 0.7:
+            given[given == c] = 0
+    return given, labels
+
+
+class Case:
+    """A batch, a memory and settings, all from a few numbers."""
+
+    def __init__(self, settings, crop, channels, kinds, shapes, seed):
+        rng = np.random.default_rng(seed)
+        self.settings, self.crop, self.channels, self.total = settings, crop, channels, channels + 2
+        self.memory = random_memory(rng, channels, shapes)
+        pairs = [random_labels(rng, kind, crop, channels, self.total) for kind in kinds]
+        self.given, self.labels = (
+            torch.from_numpy(np.stack(maps)) for maps in zip(*pairs, strict=True)
+        )
+        draw = Numbers(settings, crop)
+        self.numbers = torch.stack([draw(rng) for _ in kinds])
+        self.images = torch.from_numpy(rng.normal(size=(len(kinds), 3, crop, crop))).float()
+        self.replayed = torch.from_numpy(rng.random(len(kinds)) < 0.4)
+        self.paste = self.augmentation()
+
+    def augmentation(self):
+        bank = Bank.pack(self.memory, self.channels, CPU)
+        return PasteAugmentation(self.settings, self.crop, bank)
+
+    @property
+    def batch(self):
+        return self.images, self.given, self.labels, self.numbers, self.replayed
+
+    def dense(self, composite, n):
+        """Soft label float64 [total, H, W] of image n, from base label, classes and weights."""
+        weights = composite.weights[n].double()
+        base = torch.stack([self.labels[n] == c for c in range(self.total)]).double()
+        base *= 1 - weights.sum(dim=0)
+        for k, c in enumerate(composite.classes[n].tolist()):
+            base[c] += weights[k]
+        return base
+
+    def reference(self):
+        split = Numbers(self.settings, self.crop).split(self.numbers)
+        return plain_paste(
+            self.settings,
+            self.crop,
+            self.memory,
+            self.channels,
+            self.total,
+            self.images,
+            self.given,
+            self.labels,
+            split,
+            self.replayed,
+        )
+
+
+SETTINGS = st.builds(
+    Paste,
+    pastes=st.integers(1, 4),
+    cell=st.sampled_from([250, 250, 250, 512, 300, 160]),
+    beta=st.sampled_from([1.0, 0.3]),
+    lambda_min=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+    class_combination=st.sampled_from([True, True, True, False]),
+    position=st.sampled_from([True, True, True, False]),
+    fusion=st.sampled_from([True, True, False]),
+    fill_in=st.sampled_from(["best", "best", "next", "none"]),
+    max_upscale=st.sampled_from([None, None, 1.0, 0.3, 2.5]),
+    on_replay=st.booleans(),
+    augment=st.sampled_from([True, True, False]),
+)
+SIDES = st.sampled_from([1, 2, 3, 7, 20, 60, 130])
+SHAPES = st.lists(
+    st.tuples(SIDES, SIDES, st.sampled_from(["full", "holes", "shared"])), min_size=0, max_size=6
+)
+KINDS = st.lists(
+    st.sampled_from(["void", "background", "foreground", "random", "random", "random"]),
+    min_size=1,
+    max_size=4,
+)
+CASES = st.builds(
+    Case, SETTINGS, st.integers(32, 96), st.integers(2, 7), KINDS, SHAPES, st.integers(0, 2**32)
+)
+
+
+def examples(count):
+    return hypothesis_settings(deadline=None, max_examples=count, derandomize=True)
+
+
+class TestAgainstThePlainPaste:
+    @examples(250)
+    @sampled(CASES)
+    def test_pixels_masks_and_soft_labels_are_the_same(self, case):
+        composite = case.paste(*case.batch)
+        for n, expected in enumerate(case.reference()):
+            assert torch.allclose(composite.images[n], expected.image, rtol=0, atol=1e-4)
+            counts = case.labels[n] != VOID
+            difference = (case.dense(composite, n) - expected.soft)[:, counts]
+            assert difference.numel() == 0 or difference.abs().max() < 1e-5
+            plan = case.paste.plan(
+                case.given, case.labels, case.paste.numbers.split(case.numbers), case.replayed
+            )
+            masks = [mask for mask in placed_masks(case, plan, n) if mask.any()]
+            expected_masks = [mask for _, _, mask in expected.pastes if mask.any()]
+            assert len(masks) == len(expected_masks)
+            assert all(map(torch.equal, masks, expected_masks))
+
+    def test_the_cases_have_pastes_of_every_kind(self):
+        """Mirrored, scaled up and down, several on one another, on void, and none."""
+        seen = set()
+        for seed in range(40):
+            shapes = [(20, 7, "holes"), (130, 60, "shared"), (3, 3, "full"), (1, 7, "full")]
+            case = Case(Paste(), 32 + seed, 4, ["random", "background"], shapes, seed)
+            plan = case.paste.plan(
+                case.given, case.labels, case.paste.numbers.split(case.numbers), case.replayed
+            )
+            bank = case.paste.bank
+            for n in range(2):
+                cells = plan.cell[n][plan.used[n]].tolist()
+                seen |= {"stacked"} if len(set(cells)) < len(cells) else {"apart"}
+                seen.add(f"{len(cells)} pastes")
+                for k in range(3):
+                    if plan.used[n, k]:
+                        grows = plan.height[n, k] > bank.height[plan.entry[n, k]]
+                        seen.add("up" if grows else "down")
+                        seen.add("mirrored" if plan.mirror[n, k] else "as stored")
+        assert seen >= {"stacked", "apart", "up", "down", "mirrored", "as stored"}
+        assert seen >= {"2 pastes", "3 pastes"}
+
+
+def placed_masks(case, plan, n):
+    """Masks bool [H, W] of the pastes of image n."""
+    side = case.paste.cell
+    for k in range(case.settings.pastes):
+        _, mask = case.paste.sample(plan, k)
+        row, column = divmod(int(plan.cell[n, k]), case.paste.grid)
+        whole = torch.zeros(case.labels[n].shape, dtype=torch.bool)
+        whole[row * side : (row + 1) * side, column * side : (column + 1) * side] = mask[n]
+        yield whole
+
+
+class TestProperties:
+    @examples(60)
+    @sampled(CASES)
+    def test_weights_are_shares_and_nothing_changes_outside_the_masks(self, case):
+        before = [tensor.clone() for tensor in case.batch]
+        composite = case.paste(*case.batch)
+        weights = composite.weights
+        assert weights.min() >= 0 and weights.sum(dim=1).max() <= 1 + 1e-6
+        plan = case.paste.plan(
+            case.given, case.labels, case.paste.numbers.split(case.numbers), case.replayed
+        )
+        for n in range(len(case.images)):
+            assert (
+                (case.dense(composite, n).sum(dim=0) - 1).abs()[case.labels[n] != VOID] < 1e-5
+            ).all()
+            union = torch.zeros(case.labels[n].shape, dtype=torch.bool)
+            for mask in placed_masks(case, plan, n):
+                union |= mask
+            assert torch.equal(composite.images[n][:, ~union], case.images[n][:, ~union])
+            assert not weights[n][:, ~union].any()
+        assert all(map(torch.equal, before, case.batch))
+        assert composite.images.data_ptr() != case.images.data_ptr()
+
+    @examples(40)
+    @sampled(CASES, st.randoms(use_true_random=False))
+    def test_an_image_is_pasted_into_the_same_way_in_any_batch(self, case, random):
+        whole = case.paste(*case.batch)
+        order = list(range(len(case.images)))
+        random.shuffle(order)
+        shuffled = case.paste(*(tensor[order] for tensor in case.batch))
+        for place, n in enumerate(order):
+            alone = case.paste(*(tensor[n : n + 1] for tensor in case.batch))
+            for field in ("images", "classes", "weights"):
+                expected = getattr(whole, field)[n]
+                assert torch.equal(getattr(alone, field)[0], expected)
+                assert torch.equal(getattr(shuffled, field)[place], expected)
+
+    @examples(20)
+    @sampled(CASES)
+    def test_the_same_numbers_give_the_same_composite(self, case):
+        first, second = case.paste(*case.batch), case.augmentation()(*case.batch)
+        for field in ("images", "classes", "weights"):
+            assert torch.equal(getattr(first, field), getattr(second, field))
+
+    def test_void_under_a_paste_does_not_count(self):
+        case = Case(Paste(fusion=False), 64, 4, ["void"], [(20, 20, "full")], seed=1)
+        composite = case.paste(*case.batch)
+        assert (composite.weights > 0).any()
+        logits = torch.randn(5, 64, 64, requires_grad=True)
+        loss = bce_sum(logits, case.labels[0], composite.classes[0], composite.weights[0])
+        loss.backward()
+        assert loss == 0 and not logits.grad.any()
+
+
+SQUARE = np.full((8, 8), 1, np.uint8)
+
+
+def squares(channels, only=None):
+    """A memory of one uniform 8x8 square of each class, its colour 10 times its channel."""
+    classes = range(1, channels) if only is None else only
+    images = [np.full((8, 8, 3), 10 * c, np.uint8) for c in classes]
+    return Stored(images, [SQUARE * c for c in classes], list(classes))
+
+
+def plans(settings, memory, given, labels, channels, count=200, crop=64, replayed=False):
+    """The plan of `count` images with the same labels [H, W] and different random numbers."""
+    paste = PasteAugmentation(settings, crop, Bank.pack(memory, channels, CPU))
+    draw = Numbers(settings, crop)
+    numbers = torch.stack([draw(np.random.default_rng((5, i))) for i in range(count)])
+    maps = [tensor.expand(count, -1, -1) for tensor in (given, labels)]
+    return paste.plan(*maps, paste.numbers.split(numbers), torch.full((count,), replayed))
+
+
+def label_map(*channels, crop=64):
+    """uint8 [crop, crop]: background, and a row of each of the channels."""
+    labels = torch.zeros(crop, crop, dtype=torch.uint8)
+    for row, c in enumerate(channels):
+        labels[row] = c
+    return labels
+
+
+def chosen_sets(plan):
+    rows = zip(plan.classes.tolist(), plan.used.tolist(), strict=True)
+    return [[c for c, used in zip(*row, strict=True) if used] for row in rows]
+
+
+class TestClassCombination:
+    def test_exactly_two_potential_classes_get_no_company(self):
+        plan = plans(Paste(), squares(7), label_map(), label_map(2, 5), 7)
+        assert all(sorted(chosen) == [2, 5] for chosen in chosen_sets(plan))
+
+    def test_of_more_than_three_potential_classes_three_are_kept_at_random(self):
+        plan = plans(Paste(), squares(7), label_map(), label_map(1, 2, 3, 4, 6), 7)
+        chosen = chosen_sets(plan)
+        assert all(len(set(c)) == 3 and 5 not in c for c in chosen)
+        counts = [sum(k in c for c in chosen) for k in (1, 2, 3, 4, 6)]
+        assert min(counts) > 80 and max(counts) < 160
+        assert all(any(c[0] == k for c in chosen) for k in (1, 2, 3, 4, 6))
+
+    @pytest.mark.parametrize("potential", [0, 1])
+    def test_fill_ins_are_distinct_and_reach_every_old_class(self, potential):
+        shown = (3,) * potential
+        plan = plans(Paste(), squares(7), label_map(), label_map(*shown), 7)
+        chosen = chosen_sets(plan)
+        assert all(len(set(c)) == 3 and tuple(c[:potential]) == shown for c in chosen)
+        counts = [sum(k in c for c in chosen) for k in range(1, 7)]
+        if potential:
+            assert counts.pop(2) == 200
+        assert min(counts) > 50
+
+    def test_fill_ins_repeat_only_when_the_stored_classes_run_out(self):
+        plan = plans(Paste(), squares(7, only=[2, 6]), label_map(), label_map(), 7)
+        assert all(c in ([2, 6, 2], [6, 2, 6]) for c in chosen_sets(plan))
+        plan = plans(Paste(), squares(7, only=[6]), label_map(), label_map(), 7)
+        assert all(c == [6, 6, 6] for c in chosen_sets(plan))
+
+    def test_classes_without_entries_take_no_part(self):
+        memory = squares(7, only=[1, 2, 3, 4])
+        plan = plans(Paste(), memory, label_map(), label_map(5, 6, 4), 7)
+        assert all(len(set(c)) == 3 and c[0] == 4 and set(c) <= {1, 2, 3, 4} for c in chosen_sets(plan))
+
+    def test_classes_that_the_given_labels_show_are_no_potential_classes(self):
+        plan = plans(Paste(), squares(7), label_map(2, 5, 6), label_map(2, 5, 6, 3, 4), 7)
+        assert all(sorted(c) == [3, 4] for c in chosen_sets(plan))
+
+    def test_without_fill_ins_only_potential_classes_are_pasted(self):
+        settings = Paste(fill_in="none")
+        assert not any(chosen_sets(plans(settings, squares(7), label_map(), label_map(), 7)))
+        plan = plans(settings, squares(7), label_map(), label_map(6), 7)
+        assert all(c == [6] for c in chosen_sets(plan))
+
+    def test_off_means_random_classes(self):
+        settings = Paste(class_combination=False)
+        plan = plans(settings, squares(7), label_map(), label_map(2, 5), 7)
+        chosen = chosen_sets(plan)
+        assert all(len(set(c)) == 3 for c in chosen)
+        assert min(sum(k in c for c in chosen) for k in range(1, 7)) > 50
+
+    def test_an_empty_memory_pastes_nothing(self):
+        plan = plans(Paste(), squares(7, only=[]), label_map(), label_map(1, 2, 3), 7)
+        assert not plan.used.any()
+
+    def test_replay_images_are_left_alone_on_request(self):
+        arguments = squares(7), label_map(), label_map(2, 5), 7
+        assert plans(Paste(), *arguments, replayed=True).used.any()
+        assert not plans(Paste(on_replay=False), *arguments, replayed=True).used.any()
+        assert plans(Paste(on_replay=False), *arguments, replayed=False).used.any()
+
+
+class TestSelectionAndPosition:
+    def test_every_entry_of_a_list_is_drawn_and_no_other(self):
+        memory = squares(4)
+        memory.images += [memory.images[1]] * 3
+        memory.labels += [memory.labels[1]] * 3
+        memory.drawn_for += [2] * 3
+        plan = plans(Paste(), memory, label_map(), label_map(2, 3), 4)
+        entries = plan.entry[plan.classes == 2]
+        assert sorted(entries.unique().tolist()) == [1, 3, 4, 5]
+        counts = [int((entries == e).sum()) for e in (1, 3, 4, 5)]
+        assert min(counts) > 25
+
+    def test_cells_with_most_background_come_first_and_ties_in_raster_order(self):
+        assert cell_size(Paste(), 64) == 31
+        labels = label_map()
+        labels[:31, :31] = 6
+        labels[31:62, :31] = VOID
+        labels[31:36, 31:62] = 6
+        labels[62:] = 4
+        labels[:, 62:] = 5
+        plan = plans(Paste(), squares(7), label_map(), labels, 7, count=50)
+        assert all(row == [1, 2, 3] for row in plan.cell.tolist())
+        plan = plans(Paste(), squares(7), labels, labels, 7, count=50)
+        assert all(row == [1, 1, 1] for row in plan.cell.tolist())
+        plan = plans(Paste(fill_in="next"), squares(7), labels, labels, 7, count=50)
+        assert all(row == [1, 2, 3] for row in plan.cell.tolist())
+
+    def test_potential_classes_take_their_own_cells_and_fill_ins_the_best(self):
+        plan = plans(Paste(pastes=4), squares(7), label_map(), label_map(6), 7, count=50)
+        best = plan.cell[:, 0]
+        assert (plan.cell == best[:, None]).all()
+        plan = plans(Paste(), squares(7), label_map(), label_map(1, 5, 6), 7, count=50)
+        assert all(row == [2, 3, 0] for row in plan.cell.tolist())
+
+    def test_off_means_random_cells_without_repetition(self):
+        plan = plans(Paste(position=False, pastes=4), squares(7), label_map(), label_map(), 7)
+        assert all(sorted(row) == [0, 1, 2, 3] for row in plan.cell.tolist())
+        assert all(len(column.unique()) == 4 for column in plan.cell.T)
+
+    def test_more_pastes_than_cells_start_again_from_the_best(self):
+        settings = Paste(cell=512)
+        plan = plans(settings, squares(7), label_map(), label_map(1, 5, 6), 7, count=20)
+        assert not plan.cell.any()
+
+    @pytest.mark.parametrize(("crop", "cell", "grid"), [(512, 250, 2), (64, 31, 2), (100, 48, 2)])
+    def test_the_cell_is_scaled_with_the_crop(self, crop, cell, grid):
+        paste = PasteAugmentation(Paste(), crop, Bank.pack(squares(3), 3, CPU))
+        assert (paste.cell, paste.grid) == (cell, grid)
+        assert paste.numbers.lengths["cells"] == grid**2
+
+
+class TestFusion:
+    def compose(self, settings, memory, labels, share=None, crop=64, channels=3):
+        paste = PasteAugmentation(settings, crop, Bank.pack(memory, channels, CPU))
+        numbers = Numbers(settings, crop)(np.random.default_rng(2))[None]
+        if share is not None:
+            numbers[:, -settings.pastes :] = torch.tensor(share)
+        images = torch.full((1, 3, crop, crop), 0.25)
+        return paste(images, label_map()[None], labels[None], numbers, torch.tensor([False]))
+
+    def test_a_plain_square_by_hand(self):
+        settings = Paste(fill_in="none", augment=False)
+        labels = label_map(2)
+        composite = self.compose(settings, squares(3), labels, share=[0.75, 0.1, 0.1])
+        weights = torch.zeros(3, 64, 64)
+        weights[0, 31:62, :31] = 0.75
+        assert composite.classes[0, 0] == 2
+        assert torch.equal(composite.weights[0], weights)
+        for channel, (mean, std) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
+            image = torch.full((64, 64), 0.25)
+            image[31:62, :31] = 0.75 * (20 / 255 - mean) / std + 0.25 * 0.25
+            assert torch.allclose(composite.images[0, channel], image, atol=1e-6)
+
+    def test_the_smaller_side_keeps_the_aspect(self):
+        memory = squares(3, only=[2])
+        memory.images, memory.labels = [memory.images[0][:, :4]], [memory.labels[0][:, :4]]
+        settings = Paste(fill_in="none", augment=False, fusion=False)
+        weights = self.compose(settings, memory, label_map(2)).weights[0, 0]
+        assert weights.any(dim=1).sum() == 31 and weights.any(dim=0).sum() == 16
+        capped = Paste(fill_in="none", augment=False, fusion=False, max_upscale=2.0)
+        weights = self.compose(capped, memory, label_map(2)).weights[0, 0]
+        assert weights.any(dim=1).sum() == 16 and weights.any(dim=0).sum() == 8
+
+    def test_later_pastes_take_their_share_of_earlier_ones(self):
+        settings = Paste(augment=False)
+        labels = label_map(1)
+        weights = self.compose(settings, squares(3), labels, share=[0.5, 0.4, 0.25]).weights[0]
+        at = weights[:, weights.sum(dim=0) > 0]
+        expected = torch.tensor([0.5 * 0.6 * 0.75, 0.4 * 0.75, 0.25])
+        assert torch.allclose(at, expected[:, None].expand_as(at))
+
+    @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
+    def test_regions_one_pixel_wide_or_high_are_skipped(self, shape):
+        memory = Stored([np.zeros((*shape, 3), np.uint8)], [np.full(shape, 2, np.uint8)], [2])
+        composite = self.compose(Paste(), memory, label_map(2))
+        assert not composite.weights.any() and (composite.images == 0.25).all()
+
+    def test_lambda_has_a_lower_bound_and_is_one_without_fusion(self):
+        arguments = squares(7), label_map(), label_map(), 7
+        free, bounded = plans(Paste(), *arguments), plans(Paste(lambda_min=0.6), *arguments)
+        assert free.share.min() < 0.05 and free.share.max() > 0.95
+        assert torch.allclose(bounded.share, 0.6 + 0.4 * free.share)
+        assert (plans(Paste(fusion=False), *arguments).share == 1).all()
+
+    def test_stretch_and_mirror_cover_their_ranges(self):
+        memory = Stored([np.zeros((40, 40, 3), np.uint8)], [np.full((40, 40), 1, np.uint8)], [1])
+        plan = plans(Paste(), memory, label_map(), label_map(), 2, crop=64)
+        ratio = plan.width.float() / plan.height.float()
+        assert 0.72 < ratio.min() < 0.78 and 1.28 < ratio.max() < 1.38
+        assert 0.4 < (ratio > 1).float().mean() < 0.6
+        assert 0.4 < plan.mirror.float().mean() < 0.6
+        plain = plans(Paste(augment=False), memory, label_map(), label_map(), 2)
+        assert not plain.mirror.any() and (plain.width == plain.height).all()
+
+    def test_instances_do_not_mix_with_what_is_stored_around_them(self):
+        label = np.zeros((12, 12), np.uint8)
+        label[2:10, 2:10] = 2
+        label[4:6, 4:6] = 0
+        images = [np.full((12, 12, 3), 200, np.uint8) for _ in range(2)]
+        images[1][label == 0] = (255, 0, 255)
+        settings = Paste(fill_in="none", augment=False, fusion=False)
+        a, b = (self.compose(settings, Stored([i], [label], [2]), label_map(2)) for i in images)
+        assert a.weights.any() and torch.equal(a.images, b.images)
+
+
+class TestNumbers:
+    def test_numbers_are_uniform_but_for_the_shares(self):
+        draw = Numbers(Paste(beta=0.2), 64)
+        rows = torch.stack([draw(np.random.default_rng(i)) for i in range(400)])
+        assert rows.dtype == torch.float32 and rows.min() >= 0 and rows.max() <= 1
+        parts = draw.split(rows)
+        assert {k: v.shape[1] for k, v in parts.items()} == {
+            "classes": 21, "cells": 4, "entry": 3, "mirror": 3, "aspect": 3, "share": 3
+        }  # fmt: skip
+        uniform = torch.cat([v.flatten() for k, v in parts.items() if k != "share"])
+        assert abs(uniform.mean() - 0.5) < 0.02 and abs(uniform.var() - 1 / 12) < 0.01
+        assert abs(parts["share"].mean() - 0.5) < 0.05
+        assert abs(parts["share"].var() - 1 / 4 / 1.4) < 0.03
+
+    def test_the_generator_alone_decides(self):
+        draw = Numbers(Paste(), 64)
+        first, again = (draw(np.random.default_rng((1, 2, 3))) for _ in range(2))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, draw(np.random.default_rng((1, 2, 4))))
+
+
+class TestPseudoLabels:
+    def random_case(self, seed, n=3, channels=5, size=(24, 20)):
+        g = torch.Generator().manual_seed(seed)
+        teacher = 2.5 * torch.randn(n, channels, size[0] // 4, size[1] // 4, generator=g)
+        labels = torch.randint(0, 4, (n, *size), generator=g)
+        labels = torch.tensor([0, 0, 7, VOID])[labels].to(torch.uint8)
+        return labels, teacher
+
+    @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 0.95])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_they_equal_the_plain_ones(self, seed, threshold):
+        labels, teacher = self.random_case(seed)
+        before = labels.clone()
+        found = pseudo_labels(labels, teacher, threshold)
+        assert torch.equal(found, plain_pseudo_labels(labels, teacher, threshold))
+        assert torch.equal(labels, before) and found.dtype == torch.uint8
+        assert torch.equal(found[labels != 0], labels[labels != 0])
+        assert (found != labels).any()
+
+    def test_the_threshold_itself_is_enough(self):
+        labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        teacher = torch.full((1, 3, 2, 2), -9.0)
+        teacher[:, 2] = 0.9
+        score = float(torch.tensor(0.9).sigmoid())
+        assert (pseudo_labels(labels, teacher, score) == 2).all()
+        assert not pseudo_labels(labels, teacher, score + 1e-6).any()
+
+    def test_background_that_wins_keeps_its_pixels(self):
+        labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        teacher = torch.full((1, 3, 2, 2), 3.0)
+        teacher[:, 0] = 4.0
+        assert not pseudo_labels(labels, teacher, 0.7).any()
+        teacher[:, 0] = 2.0
+        teacher[:, 1] = 3.5
+        assert (pseudo_labels(labels, teacher, 0.7) == 1).all()
+
+
+def training_path(case, device):
+    """Everything between the loader's batch and the gradient, in the order of a training step."""
+    g = torch.Generator().manual_seed(4)
+    size = case.labels.shape[-2:]
+    h, w = (side // 16 + 1 for side in size)
+    n = len(case.labels)
+    teacher = torch.randn(n, case.channels, h, w, generator=g).to(device)
+    student = torch.randn(n, case.total, h, w, generator=g).to(device).requires_grad_()
+    images = torch.randint(0, 256, case.images.shape, generator=g, dtype=torch.uint8).to(device)
+    given, numbers, replayed = (t.to(device) for t in (case.given, case.numbers, case.replayed))
+    paste = PasteAugmentation(case.settings, case.crop, Bank.pack(case.memory, case.channels, device))
+    factor = torch.ones(3, device=device)
+
+    def run():
+        labels = pseudo_labels(given, teacher, 0.7)
+        composite = paste(normalize(images, given, replayed), given, labels, numbers, replayed)
+
+        def parts_of(i, z):
+            weights = composite.weights[i]
+            full = torch.nn.functional.interpolate(teacher[i : i + 1], size, mode="bilinear")[0]
+            covered = weights.sum(dim=0) > 0
+            return torch.stack(
+                [
+                    bce_sum(z, labels[i], composite.classes[i], weights, 2.0),
+                    auxiliary_sum(z, labels[i]),
+                    sum(
+                        distillation_sum(z, full, given[i], covered, mode, region)
+                        for mode, region in [
+                            ("plain", "all"), ("unbiased", "all"), ("rskd", "all"), ("rskd", "new")
+                        ]
+                    ),
+                ]
+            )  # fmt: skip
+
+        loss, _ = sum_over_images(student, size, parts_of, factor)
+        loss.backward()
+        return composite, student.grad
+
+    return run
+
+
+def waiting_case(**switches):
+    shapes = [(20, 7, "holes"), (130, 60, "shared"), (3, 3, "full"), (1, 7, "full")]
+    return Case(Paste(**switches), 64, 4, ["random", "background", "void"], shapes, seed=3)
+
+
+SWITCHES = [
+    {},
+    {"class_combination": False, "position": False, "fusion": False},
+    {"fill_in": "next", "on_replay": False, "augment": False, "max_upscale": 2.0},
+    {"fill_in": "none", "lambda_min": 0.5, "pastes": 1},
+]
+
+
+class TestNothingWaits:
+    @pytest.mark.parametrize("switches", SWITCHES)
+    def test_paste_and_losses_read_nothing_back(self, switches):
+        run = training_path(waiting_case(**switches), CPU)
+        with no_waiting():
+            composite, gradient = run()
+        assert composite.weights.any() and gradient.isfinite().all() and gradient.any()
+
+    @pytest.mark.parametrize("switches", SWITCHES)
+    def test_sizes_do_not_depend_on_data(self, switches, monkeypatch):
+        """On the meta device there are no data at all."""
+        monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
+        case = waiting_case(**switches)
+        composite, gradient = training_path(case, torch.device("meta"))()
+        assert composite.images.shape == case.images.shape
+        assert gradient.shape[:2] == (3, case.total)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    def test_the_device_is_never_waited_for(self):
+        device = torch.device("cuda")
+        run = training_path(waiting_case(), device)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    @pytest.mark.parametrize(
+        "offence",
+        [
+            lambda x, mask, path: x.sum().item(),
+            lambda x, mask, path: bool(mask.any()),
+            lambda x, mask, path: float(x[0]),
+            lambda x, mask, path: x[mask],
+            lambda x, mask, path: x.masked_select(mask),
+            lambda x, mask, path: x.__setitem__(mask, torch.ones(3)),
+            lambda x, mask, path: mask.nonzero(),
+            lambda x, mask, path: torch.where(mask),
+            lambda x, mask, path: x.unique(),
+            lambda x, mask, path: torch.equal(x, x),
+            lambda x, mask, path: x.to("meta"),
+            lambda x, mask, path: open(path),
+            lambda x, mask, path: path.read_text(),
+        ],
+    )
+    def test_the_guard_notices(self, offence, tmp_path):
+        path = tmp_path / "file.txt"
+        path.write_text("text")
+        x = torch.arange(5.0)
+        offence(x.clone(), x > 1.5, path)
+        with no_waiting(), pytest.raises(Waits):
+            offence(x, x > 1.5, path)
+
+    def test_the_guard_lets_the_rest_pass(self):
+        x = torch.arange(5.0)
+        with no_waiting():
+            y = torch.where(x > 1.5, x, 0)[torch.tensor([4, 0])]
+            y = y.to(torch.float64).gather(0, torch.tensor([0]))
+        assert y.item() == 4

@@ -1,0 +1,96 @@
+"""Evaluation: each image once, the same numbers however it is done, against scikit-learn."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import jaccard_score
+
+from data_loader.data_loaders import StepData
+from data_loader.dataset import normalize
+from models import DeepLabV3
+from tests.helpers import small_config
+from trainer.evaluate import confusion_matrix, evaluate, write_metrics
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    net = DeepLabV3([5, 3], "tiny").to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        for classifier in net.cls[1:]:
+            classifier.bias.fill_(-0.3)
+    net.train()
+    for _ in range(40):
+        net(torch.randn(4, 3, 64, 64))
+    return net
+
+
+def step_data(root, folder, **changes):
+    return StepData(small_config(root, folder, task_step=1, **changes))
+
+
+def by_hand(model, dataset):
+    """Targets and predictions of all pixels, image by image."""
+    targets, predictions = [], []
+    model.eval()
+    for i in range(len(dataset)):
+        sample = dataset[i]
+        with torch.no_grad():
+            scores = model(normalize(sample["image"][None]))[0, 1:].sigmoid().numpy()
+        best = np.where(scores.max(axis=0) > 0.5, scores.argmax(axis=0) + 1, 0)
+        known = sample["label"].numpy() != 255
+        targets.append(sample["label"].numpy()[known])
+        predictions.append(best[known])
+    return np.concatenate(targets), np.concatenate(predictions)
+
+
+@pytest.mark.parametrize("split", ["test", "val"])
+@pytest.mark.parametrize("transform", [True, False])
+def test_iou_equals_scikit_learn_over_all_pixels(voc_root, tmp_path, model, split, transform):
+    data = step_data(voc_root, tmp_path, **{f"data_loader__args__{split}__args__transform": transform})
+    dataset, size = data.evaluation(split)
+    assert transform or size == 1
+    targets, predictions = by_hand(model, dataset)
+    assert len(set(predictions.tolist())) > 2
+    metrics = evaluate(model, data, split, CPU)["Mean_Intersection_over_Union"]
+    expected = 100 * jaccard_score(targets, predictions, labels=range(9), average=None, zero_division=0)
+    assert list(metrics["by_class"].values()) == pytest.approx(expected.tolist(), abs=0.02)
+    old, new = ([0], [6, 7, 8]) if split == "val" else ([0, 1, 2, 3, 4, 5], [6, 7, 8])
+    assert metrics["old"] == pytest.approx(expected[old].mean(), abs=0.02)
+    assert metrics["new"] == pytest.approx(expected[new].mean(), abs=0.02)
+
+
+def test_every_known_pixel_is_counted_once(voc_root, tmp_path, model):
+    data = step_data(voc_root, tmp_path)
+    dataset, _ = data.evaluation("test")
+    labels = torch.stack([dataset[i]["label"] for i in range(len(dataset))]).flatten().long()
+    rows = torch.bincount(labels[labels != 255], minlength=9).tolist()
+    assert confusion_matrix(model, data, "test", CPU).sum(axis=1).tolist() == rows
+
+
+def test_workers_change_nothing(voc_root, tmp_path, model):
+    counts = [
+        confusion_matrix(model, step_data(voc_root, tmp_path, num_workers=n), "test", CPU)
+        for n in (0, 2)
+    ]
+    assert np.array_equal(*counts)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_model_is_left_as_it_was(voc_root, tmp_path, model, training):
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train(training)
+    evaluate(model, step_data(voc_root, tmp_path), "test", CPU)
+    assert model.training is training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_metrics_are_written_to_the_last_digit(tmp_path):
+    metrics = {"Pixel_Accuracy": {"overall": 100 / 3, "new": None}}
+    write_metrics(tmp_path / "metrics.json", metrics)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics

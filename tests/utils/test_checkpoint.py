@@ -1,0 +1,152 @@
+"""Checkpoints: atomic writes, safe reads, strict loading."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from utils.checkpoint import (
+    final_checkpoint,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+    write_atomically,
+)
+from utils.errors import UserError
+
+
+class Opens:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_what_is_saved_is_read_back(tmp_path):
+    content = {"state_dict": {"a": torch.randn(3)}, "epoch": 4, "best": None, "names": ["x"]}
+    save_checkpoint(tmp_path / "new" / "c.pth", content)
+    found = read_checkpoint(tmp_path / "new" / "c.pth")
+    assert torch.equal(found.pop("state_dict")["a"], content.pop("state_dict")["a"])
+    assert found == content
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["c.pth"]
+
+
+def test_the_prefix_of_parallel_wrappers_is_removed(tmp_path):
+    save_checkpoint(tmp_path / "c.pth", {"state_dict": {"module.cls.0.bias": torch.ones(1)}})
+    assert list(read_checkpoint(tmp_path / "c.pth")["state_dict"]) == ["cls.0.bias"]
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
+    path = tmp_path / "c.pth"
+    path.write_bytes(b"old")
+
+    def fail(file):
+        file.write(b"half of the new")
+        raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError):
+        write_atomically(path, fail)
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]
+
+
+def test_a_full_disk_is_one_clear_error(tmp_path):
+    def fail(file):
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match=r"cannot write .*c\.pth: No space left on device"):
+        write_atomically(tmp_path / "c.pth", fail)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_content_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+    steps = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda f: (steps.append("sync"), fsync(f)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (steps.append("rename"), replace(a, b)))
+    write_atomically(tmp_path / "c", lambda file: file.write(b"x"))
+    assert steps == ["sync", "rename"]
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_nothing_in_a_pickle_is_executed(tmp_path, protocol):
+    path, trap = tmp_path / "c.pth", tmp_path / "trap"
+    path.write_bytes(pickle.dumps({"state_dict": {}, "x": Opens(trap)}, protocol=protocol))
+    with pytest.raises(UserError, match="cannot be read safely|torn or is no checkpoint"):
+        read_checkpoint(path)
+    assert not trap.exists()
+    pickle.loads(path.read_bytes())["x"].close()
+    assert trap.exists()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        [1],
+        {},
+        {"state_dict": [torch.ones(1)]},
+        {"state_dict": {"a": 1}},
+        {"state_dict": {1: torch.ones(1)}},
+    ],
+)
+def test_files_without_a_state_dict_are_refused(tmp_path, content):
+    torch.save(content, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=str(tmp_path / "c.pth")):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("keep", [0, 1, 100, -1])
+def test_torn_files_are_refused(tmp_path, keep):
+    path = tmp_path / "c.pth"
+    save_checkpoint(path, {"state_dict": {"a": torch.randn(1000)}})
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(UserError, match="torn"):
+        read_checkpoint(path)
+
+
+def test_a_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"no checkpoint at .*nowhere\.pth"):
+        read_checkpoint(tmp_path / "nowhere.pth")
+
+
+class TestLoading:
+    def test_values_arrive(self):
+        source, target = nn.Linear(2, 3), nn.Linear(2, 3)
+        load_weights(target, source.state_dict(), "c.pth")
+        assert torch.equal(source.weight, target.weight) and torch.equal(source.bias, target.bias)
+
+    @pytest.mark.parametrize(
+        ("other", "words"),
+        [
+            (nn.Linear(2, 4), r"weight is \[4, 2\] in the file, \[3, 2\] in the model"),
+            (nn.Linear(2, 3, bias=False), "it has no bias"),
+            (nn.BatchNorm1d(3), r"weight is \[3\] in the file"),
+        ],
+    )
+    def test_another_architecture_is_refused_and_changes_nothing(self, other, words):
+        model = nn.Linear(2, 3)
+        before = model.weight.clone()
+        with pytest.raises(UserError, match=f"c.pth is of another architecture: {words}"):
+            load_weights(model, other.state_dict(), "c.pth")
+        assert torch.equal(model.weight, before)
+
+    def test_keys_too_many_are_refused(self):
+        state = {**nn.Linear(2, 3).state_dict(), "extra": torch.ones(1)}
+        with pytest.raises(UserError, match="the model has no extra"):
+            load_weights(nn.Linear(2, 3), state, "c.pth")
+
+
+def test_the_final_checkpoint_is_that_of_the_highest_epoch(tmp_path):
+    assert final_checkpoint(tmp_path) is None
+    for name in (
+        "checkpoint-epoch9.pth",
+        "checkpoint-epoch10.pth",
+        "checkpoint-epochx.pth",
+        "last.pth",
+    ):
+        (tmp_path / name).touch()
+    assert final_checkpoint(tmp_path).name == "checkpoint-epoch10.pth"

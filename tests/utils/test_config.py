@@ -1,0 +1,202 @@
+"""Configuration: the family's shape, types and ranges, flags on top."""
+
+import argparse
+import json
+
+import pytest
+
+from tests.helpers import PROJECT
+from utils.arguments import parse_train
+from utils.config import (
+    FLAGS,
+    IGNORED,
+    Config,
+    add_config_flags,
+    apply_flags,
+    differences,
+    load_config,
+)
+from utils.errors import UserError
+
+
+def write(tmp_path, content):
+    path = tmp_path / "c.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def nested(path, value):
+    for key in reversed(path.split(".")):
+        value = {key: value}
+    return value
+
+
+def refusal(tmp_path, content):
+    path = write(tmp_path, content)
+    with pytest.raises(UserError) as refused:
+        load_config(path)
+    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def with_flags(*flags):
+    config = Config()
+    parser = argparse.ArgumentParser()
+    add_config_flags(parser, config)
+    apply_flags(config, parser.parse_args([str(flag) for flag in flags]))
+    return config
+
+
+class TestFiles:
+    def test_the_papers_settings(self):
+        config, ignored = load_config(PROJECT / "configs" / "config_voc.json")
+        assert ignored == []
+        assert config.arch.args.backbone == "resnet101"
+        assert config.trainer.epochs == 60 and config.seed == 1 and config.use_amp
+        assert config.optimizer.args.lr == 1e-3 and config.optimizer.args.weight_decay == 1e-4
+        assert config.optimizer.args.momentum == 0.9 and config.optimizer.args.nesterov
+        assert config.lr_scheduler.args.power == 0.9
+        assert config.data.train.batch_size == 32 and config.data.memory.mem_size == 100
+        assert config.hyperparameter.kd == 5 and config.hyperparameter.pseudo_thresh == 0.7
+        assert config.hyperparameter.ac == 0
+        crops = {s.args.transform_args.crop_size for s in (config.data.train, config.data.test)}
+        assert crops == {512}
+
+    def test_what_is_written_is_read_back(self, tmp_path):
+        config = with_flags("--lr", 0.5, "--task_name", "15-1", "--freeze_bn", "--max_upscale", 2)
+        again, ignored = load_config(write(tmp_path, config.to_dict()))
+        assert again == config and ignored == []
+        assert differences(again, config) == []
+
+    @pytest.mark.parametrize("key", IGNORED)
+    def test_keys_without_meaning_are_reported(self, tmp_path, key):
+        harmless = (IGNORED[key] or [True])[0]
+        config, ignored = load_config(write(tmp_path, nested(key, harmless)))
+        assert ignored == [key] and config == Config()
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [("data_loader.args.val.cross_val", True), ("hyperparameter.loss_lovasz", 1)],
+    )
+    def test_keys_that_would_mean_something_are_refused(self, tmp_path, key, value):
+        assert f"{key} is not supported here" in refusal(tmp_path, nested(key, value))
+
+    @pytest.mark.parametrize(
+        ("key", "nearest"),
+        [
+            ("trainer.epoch", "epochs"),
+            ("optimizer.args.learning_rate", None),
+            ("data_loader.args.task.nmae", "name"),
+            ("hyperparameter.posweight", "pos_weight"),
+            ("sed", "seed"),
+        ],
+    )
+    def test_unknown_keys_suggest_the_nearest(self, tmp_path, key, nearest):
+        message = refusal(tmp_path, nested(key, 1))
+        assert f"unknown key {key}: " in message
+        assert (f"did you mean {nearest}?" if nearest else "known here: lr, ") in message
+
+    @pytest.mark.parametrize(
+        ("key", "value", "words"),
+        [
+            ("seed", "1", "seed must be an integer, not"),
+            ("seed", 1.0, "must be an integer"),
+            ("seed", True, "must be an integer"),
+            ("seed", None, "must be an integer, not null"),
+            ("use_amp", 1, "use_amp must be true or false, not 1"),
+            ("optimizer.args.lr", "fast", "optimizer.args.lr must be a number"),
+            ("optimizer.args.lr", False, "must be a number"),
+            ("name", 3, "name must be a string"),
+            ("trainer", 3, "trainer must be a JSON object, not 3"),
+            ("metrics", "mIoU", "metrics must be a list"),
+            ("metrics", ["mIoU"], "allowed: Pixel_Accuracy"),
+            ("trainer.epochs", 0, "trainer.epochs is 0; it must be at least 1"),
+            ("optimizer.args.momentum", 1.5, "it must be at most 1"),
+            ("arch.args.backbone", "vgg", "allowed: resnet101, resnet50, tiny"),
+            ("arch.args.output_stride", 8, "allowed: 16"),
+            ("arch.args.norm_act", "iabn_sync", "arch.args.norm_act iabn_sync needs"),
+            ("arch.args.norm_act", "gn", "allowed: bn_sync, bn"),
+            ("data_loader.args.task.setting", "both", "allowed: overlap, disjoint, sequential"),
+            ("data_loader.args.train.args.masking_value", 7, "allowed: 0, 255"),
+            ("hyperparameter.kd", -1, "hyperparameter.kd is -1.0; it must be at least 0"),
+            ("optimizer.type", "Adam", "allowed: SGD"),
+        ],
+    )
+    def test_wrong_types_and_values_name_the_key_and_what_is_allowed(self, tmp_path, key, value, words):
+        assert words in refusal(tmp_path, nested(key, value))
+
+    @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+    def test_numbers_must_be_finite(self, tmp_path, number):
+        assert "optimizer.args.lr" in refusal(
+            tmp_path, f'{{"optimizer": {{"args": {{"lr": {number}}}}}}}'
+        )
+
+    def test_integers_serve_as_numbers(self, tmp_path):
+        config, _ = load_config(write(tmp_path, {"hyperparameter": {"pos_weight": 2}}))
+        assert type(config.hyperparameter.pos_weight) is float
+
+    @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"seed": 1,}', "\x00"])
+    def test_files_that_are_no_json_object(self, tmp_path, text):
+        refusal(tmp_path, text)
+
+    def test_missing_file_and_folder(self, tmp_path):
+        for path in (tmp_path / "nowhere.json", tmp_path):
+            with pytest.raises(UserError, match="cannot read the configuration"):
+                load_config(path)
+
+
+class TestFlags:
+    def test_both_forms_set_the_same_option(self):
+        assert with_flags("--bs", 3).data.train.batch_size == 3
+        assert with_flags("--batch_size", 3).data.train.batch_size == 3
+        assert with_flags("--ep", 3).trainer.epochs == with_flags("--epochs", 3).trainer.epochs == 3
+        assert with_flags("--lr", "1e-4") == with_flags("--learning_rate", "0.0001")
+
+    def test_crop_size_sets_all_splits(self):
+        data = with_flags("--crop_size", 96).data
+        assert {s.args.transform_args.crop_size for s in (data.train, data.val, data.test)} == {96}
+
+    def test_switches_need_no_value(self):
+        config = with_flags("--freeze_bn", "--multiprocessing_distributed")
+        assert config.arch.args.freeze_all_bn and config.multiprocessing_distributed
+
+    @pytest.mark.parametrize("value", [(), ("",)])
+    def test_dist_url_may_come_without_a_value(self, value):
+        config = with_flags("--dist_url", *value, "--name", "x")
+        assert config.dist_url is None and config.name == "x"
+        assert with_flags("--dist_url", "tcp://a:1").dist_url == "tcp://a:1"
+
+    def test_flags_that_are_not_given_change_nothing(self):
+        assert with_flags() == Config()
+
+    def test_two_configs_do_not_share_their_parts(self):
+        with_flags("--lr", 9)
+        assert Config().optimizer.args.lr == 1e-3
+
+    def test_every_flag_names_an_option_that_exists(self):
+        for paths in FLAGS.values():
+            for path in paths:
+                value = Config().to_dict()
+                for key in path.split("."):
+                    value = value[key]
+
+    def test_flags_override_the_file(self, tmp_path):
+        path = write(tmp_path, {"trainer": {"epochs": 7}, "seed": 3})
+        config, run = parse_train(["-c", str(path), "--epochs", "9"])
+        assert config.trainer.epochs == 9 and config.seed == 3
+        assert not run.overwrite and run.resume is None
+
+
+class TestExperiment:
+    def test_places_and_workers_make_no_other_experiment(self):
+        changed = with_flags("--num_workers", 0, "--data_root", "x", "--save_dir", "y")
+        assert differences(Config(), changed) == []
+
+    def test_settings_do(self):
+        changed = with_flags("--lr", 3, "--pos_weight", 2)
+        assert differences(Config(), changed) == ["optimizer.args.lr", "hyperparameter.pos_weight"]
+
+    def test_folder_of_a_step(self):
+        config = with_flags("--save_dir", "_saved_voc", "--task_name", "5-3", "--task_step", 2)
+        assert str(config.step_dir()) == "_saved_voc/models/overlap_5-3_EIR/step_2"
+        assert str(config.step_dir(1, "log")) == "_saved_voc/log/overlap_5-3_EIR/step_1"
