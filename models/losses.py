@@ -71,18 +71,18 @@ def distillation_sum(
     old = teacher.shape[0]
     valid = base != VOID
     is_new = valid & (base >= old)
-    background = logits[0]
-    if mode != "plain":
-        new = logits[old:].logsumexp(dim=0)
-        both = torch.logaddexp(background, new)
-        if mode == "unbiased":
-            background = both
-        else:
-            background = torch.where(is_new, torch.where(covered, both, new), background)
+    background, known, new = logits.split([1, old - 1, len(logits) - old])
+    background, new = background[0], new.logsumexp(dim=0)
+    both = torch.logaddexp(background, new)
+    normalizer = torch.logaddexp(known.logsumexp(dim=0), both)
+    if mode == "unbiased":
+        background = both
+    elif mode == "rskd":
+        background = torch.where(is_new, torch.where(covered, both, new), background)
     p = teacher.softmax(dim=0)
-    expected = p[0] * background + (p[1:] * logits[1:old]).sum(dim=0)
+    expected = p[0] * background + (p[1:] * known).sum(dim=0)
     counted = is_new & ~covered if region == "new" else valid
-    return ((logits.logsumexp(dim=0) - expected) * counted).sum() / old
+    return ((normalizer - expected) * counted).sum() / old
 
 
 class _ImageByImage(torch.autograd.Function):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data_loader import voc
 from scripts.make_synthetic_voc import make_synthetic_voc
 from trainer.run import evaluate_checkpoint, train
 from utils.arguments import parse_eval, parse_train
@@ -40,8 +41,15 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def command(cpu: None, capsys: pytest.CaptureFixture) -> Callable[..., SimpleNamespace]:
-    """Run an entry point in this process: returncode, stdout, stderr; other exceptions pass."""
+def command(
+    cpu: None, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., SimpleNamespace]:
+    """Run an entry point in this process: returncode, stdout, stderr; other exceptions pass.
+
+    Labels are scanned without workers: those of a loader that an error ended are slow to collect.
+    """
+    scan = voc._scan
+    monkeypatch.setattr(voc, "_scan", lambda images, _: scan(images, 0))
 
     def call(script: str, *arguments) -> SimpleNamespace:
         parse, work = COMMANDS[script]

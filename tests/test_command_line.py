@@ -1,4 +1,4 @@
-"""The entry points as a user meets them: bad input, finished and interrupted steps, the user's lines."""
+"""The entry points as a user meets them: bad input, finished and interrupted steps, the brief."""
 
 import json
 import os
@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts.make_synthetic_voc import make_synthetic_voc
 from tests.helpers import PROJECT, error_line, run_script, snapshot, train_flags
 from utils.checkpoint import read_checkpoint
 
@@ -164,12 +163,17 @@ class TestBadInput:
 
         return call
 
-    def test_as_a_process(self, tmp_path):
-        result = run_script("train_voc.py", "--data_root", tmp_path / "no", "--save_dir", tmp_path)
+    def test_as_a_process(self, own_root, tmp_path):
+        label = own_root / "SegmentationClassAug" / "2007_000007.png"
+        Image.open(label).convert("RGB").save(label)
+        saved = tmp_path / "saved"
+        result = run_script("train_voc.py", *train_flags(own_root, saved))
+        assert f"label {label} is a colour image" in error_line(result)
+        result = run_script("train_voc.py", "--data_root", tmp_path / "no", "--save_dir", saved)
         assert str(tmp_path / "no") in error_line(result)
         result = run_script("eval_voc.py", "-r", tmp_path / "no.pth")
         assert "no checkpoint at" in error_line(result)
-        assert not list(tmp_path.iterdir())
+        assert not saved.exists()
 
     def test_unknown_task_names_those_that_exist(self, refused):
         line = refused(task_name="7-4")
@@ -210,11 +214,13 @@ class TestBadInput:
         assert f"{path} has class id 21" in refused(root=own_root)
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_photograph_that_turns_out_torn_in_training(self, refused, own_root, workers):
+    def test_photograph_that_turns_out_torn_in_training(self, own_root, tmp_path, command, workers):
         paths = sorted((own_root / "JPEGImages").glob("2007*"))
         for path in paths:
             path.write_bytes(path.read_bytes()[:-400])
-        line = refused(root=own_root, num_workers=workers)
+        flags = train_flags(own_root, tmp_path / "saved", num_workers=workers)
+        line = error_line((run_script if workers else command)("train_voc.py", *flags))
+        assert not list((tmp_path / "saved").rglob("*.pth"))
         name = re.search(r"cannot read the image (\S+):", line)[1]
         assert Path(name) in paths
 
@@ -391,55 +397,3 @@ def test_help_explains_the_contracts_flags_with_their_defaults(script):
     for flag in flags.split():
         assert re.search(rf"(?<![\w-]){flag}\b", text), flag
     assert "(default: 15-5)" in text and "(default: 512)" in text
-
-
-BRIEF = r"""
-unset PORT
-GPU=1
-BS=32 # Total 32
-SAVEDIR='{save_dir}'
-TASKSETTING='overlap' # or 'disjoint'
-TASKNAME='5-3'
-EPOCH=1
-INIT_LR=0.001
-LR=0.0001
-INIT_POSWEIGHT=2
-MEMORY_SIZE=100
-NAME='EIR'
-CUDA_VISIBLE_DEVICES=1 python train_voc.py -c configs/config_voc.json \
--d ${{GPU}} --multiprocessing_distributed --dist_url ${{PORT}} --save_dir ${{SAVEDIR}} --name ${{NAME}} \
---task_name ${{TASKNAME}} --task_setting ${{TASKSETTING}} --task_step 0 --lr ${{INIT_LR}} --bs ${{BS}} --pos_weight ${{INIT_POSWEIGHT}} \
---data_root {data_root} --epochs 1 --backbone_weights none || exit $?
-CUDA_VISIBLE_DEVICES=1 python eval_voc.py -d 0 --test -r ${{SAVEDIR}}/models/${{TASKSETTING}}_${{TASKNAME}}_${{NAME}}/step_0/checkpoint-epoch${{EPOCH}}.pth \
---output {output}
-"""  # noqa: E501
-
-
-@pytest.mark.slow
-def test_the_users_first_command_and_evaluation_as_written(tmp_path):
-    root = make_synthetic_voc(tmp_path / "voc", train=40, val=6, size=128)
-    path = root / "ImageSets/Segmentation/train_aug.txt"
-    shown = []
-    for line in path.read_text().splitlines():
-        label = np.array(Image.open(f"{root}{line.split()[1]}"))
-        if ((label > 0) & (label < 6)).any():
-            shown.append(line)
-    path.write_text("\n".join(shown[:4]) + "\n")
-    output = tmp_path / "eval.json"
-    script = BRIEF.format(save_dir=tmp_path / "_saved_voc", data_root=root, output=output)
-    folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    result = subprocess.run(
-        ["bash", "-c", script],
-        cwd=PROJECT,
-        env={**os.environ, "PATH": folders},
-        capture_output=True,
-        text=True,
-        timeout=3000,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    folder = tmp_path / "_saved_voc" / "models" / STEP
-    assert output.read_text() == (folder / "metrics.json").read_text()
-    assert "one batch of 4 instead of 32" in result.stdout
-    state = read_checkpoint(folder / "checkpoint-epoch1.pth")["state_dict"]
-    assert "backbone.layer3.22.conv3.weight" in state
-    assert all(value.isfinite().all() for value in state.values())

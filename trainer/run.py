@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from data_loader.data_loaders import StepData
 from models.deeplabv3 import DeepLabV3
 from trainer.base import parse_monitor
@@ -57,7 +59,7 @@ def _evaluate(config, path, output):
     data = StepData(config)
     model = DeepLabV3(data.classes, config.arch.args.backbone)
     load_weights(model, read_checkpoint(path)["state_dict"], path)
-    model.to(device())
+    model.to(device(), memory_format=torch.channels_last)
     metrics = evaluate(model, data, "test", device())
     log.info(format_table(metrics, *data.groups("test")))
     if output and rank() == 0:

@@ -13,7 +13,7 @@ from utils.errors import UserError
 def write_atomically(path: Path, write) -> None:
     """Have write(file) fill a temporary file, sync it, and rename it to path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.unfinished")
     try:
         with open(temporary, "wb") as file:
             write(file)
@@ -52,7 +52,9 @@ def read_checkpoint(path: str | Path) -> dict:
     """A checkpoint with its `state_dict`, freed of the prefix that parallel wrappers add."""
     content = read_file(path)
     state = content.get("state_dict")
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
+    ):
         raise UserError(f"{path} has no state_dict: it is no checkpoint of a model")
     content["state_dict"] = {key.removeprefix("module."): v for key, v in state.items()}
     return content

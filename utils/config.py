@@ -492,7 +492,8 @@ _INCIDENTAL = (
 def differences(old: Config, new: Config) -> list[str]:
     """Dotted names of the options that differ and make it another experiment."""
     flat_old, flat_new = _flatten(old.to_dict()), _flatten(new.to_dict())
-    return [key for key in flat_new if flat_old[key] != flat_new[key] and key not in _INCIDENTAL]
+    keys = {**flat_old, **flat_new}
+    return [k for k in keys if flat_old.get(k) != flat_new.get(k) and k not in _INCIDENTAL]
 
 
 def _flatten(tree, prefix=""):

@@ -105,7 +105,7 @@ def _paste_into(settings, crop, memory, channels, total, image, given, labels, n
         whole = torch.zeros(labels.shape, dtype=torch.bool)
         whole[place] = mask
         canvas = torch.zeros_like(image)
-        canvas[:, *place] = colour.to(image.dtype)
+        canvas[(slice(None), *place)] = colour.to(image.dtype)
         one_hot = torch.zeros(len(result.soft), 1, 1, dtype=torch.float64)
         one_hot[c] = 1
         result.image[:, whole] = (share * canvas + (1 - share) * result.image)[:, whole]
@@ -194,9 +194,9 @@ class NoWaiting(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name.startswith("nonzero") or name in self.READS + self.SIZES:
             raise Waits(name)
-        if name in ("index", "index_put", "index_put_", "_unsafe_index"):
-            if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]):
-                raise Waits(f"{name} with a mask")
+        indices = args[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
+        if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
+            raise Waits(f"{name} with a mask")
         source = next((a for a in args if isinstance(a, torch.Tensor)), None)
         device = kwargs.get("device")
         if name == "_to_copy" and device is not None and torch.device(device) != source.device:
@@ -213,6 +213,10 @@ def no_waiting():
     def refuse(*args, **kwargs):
         raise Waits(f"file access: {args}")
 
-    opens = (mock.patch("builtins.open", refuse), mock.patch.object(pathlib.Path, "open", refuse))
-    with NoWaiting(), opens[0], opens[1]:
+    with (
+        NoWaiting(),
+        mock.patch("builtins.open", refuse),
+        mock.patch("io.open", refuse),
+        mock.patch.object(pathlib.Path, "open", refuse),
+    ):
         yield

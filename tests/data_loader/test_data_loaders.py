@@ -125,12 +125,12 @@ def test_batches_of_all_processes_are_one_order_cut_in_pieces(samples, size, pro
             parts.append(list(batches))
             assert len(batches) == len(parts[-1]) == samples // (size * processes)
             assert batches.sizes() == [size] * processes
-        return [sum((part[b] for part in parts), []) for b in range(len(parts[0]))]
+        return [[key for part in parts for key in part[b]] for b in range(len(parts[0]))]
 
     for epoch in (0, 5):
         batches = order(processes, size, epoch)
         assert batches == order(1, size * processes, epoch)
-        keys = sum(batches, [])
+        keys = [key for batch in batches for key in batch]
         assert {e for e, _ in keys} == {epoch}
         indices = [i for _, i in keys]
         assert len(set(indices)) == len(indices) and set(indices) <= set(range(samples))
@@ -166,6 +166,6 @@ def test_evaluation_counts_every_image_once_in_the_same_batches(samples, process
     parts = [list(EvalBatches(samples, 4, rank, processes)) for rank in range(processes)]
     batches = sorted(batch for part in parts for batch in part)
     assert batches == list(EvalBatches(samples, 4))
-    assert sum(batches, []) == list(range(samples))
+    assert [i for batch in batches for i in batch] == list(range(samples))
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1

@@ -8,9 +8,11 @@ import torch
 from hypothesis import given as sampled
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from data_loader.dataset import normalize
 from data_loader.paste import Bank, Numbers, PasteAugmentation, cell_size, pseudo_labels
+from data_loader.voc import read_label
 from models.losses import auxiliary_sum, bce_sum, distillation_sum, sum_over_images
 from tests.data_loader.paste_reference import (
     Stored,
@@ -631,13 +633,13 @@ class TestNothingWaits:
             lambda x, mask, path: x.unique(),
             lambda x, mask, path: torch.equal(x, x),
             lambda x, mask, path: x.to("meta"),
-            lambda x, mask, path: open(path),
-            lambda x, mask, path: path.read_text(),
+            lambda x, mask, path: read_label(path),
+            lambda x, mask, path: path.read_bytes(),
         ],
     )
     def test_the_guard_notices(self, offence, tmp_path):
-        path = tmp_path / "file.txt"
-        path.write_text("text")
+        path = tmp_path / "file.png"
+        Image.new("L", (2, 2)).save(path)
         x = torch.arange(5.0)
         offence(x.clone(), x > 1.5, path)
         with no_waiting(), pytest.raises(Waits):

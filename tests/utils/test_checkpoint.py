@@ -76,7 +76,7 @@ def test_the_content_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
 def test_nothing_in_a_pickle_is_executed(tmp_path, protocol):
     path, trap = tmp_path / "c.pth", tmp_path / "trap"
     path.write_bytes(pickle.dumps({"state_dict": {}, "x": Opens(trap)}, protocol=protocol))
-    with pytest.raises(UserError, match="cannot be read safely|torn or is no checkpoint"):
+    with pytest.raises(UserError, match="torn or is no checkpoint that can be read safely"):
         read_checkpoint(path)
     assert not trap.exists()
     pickle.loads(path.read_bytes())["x"].close()
