@@ -92,9 +92,9 @@ def normalize(
     Images marked in `alone` (bool [N]) become exactly 0 where label (uint8 [N, H, W]) shows no
     class: replayed instances have no background.
     """
-    mean = torch.tensor(MEAN, device=image.device).view(1, 3, 1, 1) * 255
-    std = torch.tensor(STD, device=image.device).view(1, 3, 1, 1) * 255
-    pixels = image.float().sub_(mean).div_(std)
+    pixels = image.to(torch.float32)
+    for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
+        pixels[:, channel].sub_(255 * mean).div_(255 * std)
     if alone is not None:
         empty = alone[:, None, None] & ((label == 0) | (label == 255))
         pixels.masked_fill_(empty[:, None], 0.0)

@@ -317,7 +317,8 @@ class PasteAugmentation:
 
 def _colours(packed):
     """float32 [N, 3, H, W] in 0..255, from packed pixels int32 [N, H, W]."""
-    colours = torch.empty(len(packed), 3, *packed.shape[1:], device=packed.device)
+    shape = len(packed), 3, *packed.shape[1:]
+    colours = torch.empty(shape, dtype=torch.float32, device=packed.device)
     for channel in range(3):
         colours[:, channel] = packed >> 8 * channel & 255
     return colours
@@ -329,7 +330,7 @@ def _neighbours(target, size, scaled_size):
     Returns both neighbours, int64, and the fraction between them, float32; the nearest pixel is the
     second where the fraction reaches one half.
     """
-    centre = (target + 0.5) * (size.float() / scaled_size.float())
+    centre = (target.float() + 0.5) * (size.float() / scaled_size.float())
     below = (centre - 0.5).clamp(min=0)
     first = below.long().minimum(size - 1)
     return first, (first + 1).minimum(size - 1), below - first

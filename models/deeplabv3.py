@@ -95,7 +95,9 @@ def _make_backbone(name):
         return _tiny(), 128
     if name not in RESNETS:
         raise UserError(f"unknown backbone {name!r}: choose {', '.join(RESNETS)} or tiny")
-    net = RESNETS[name][0](replace_stride_with_dilation=[False, False, True])
+    # Without ImageNet weights, residual branches that start at zero keep the network stable until
+    # its batch normalisation has seen enough data.
+    net = RESNETS[name][0](replace_stride_with_dilation=[False, False, True], zero_init_residual=True)
     layers = OrderedDict(net.named_children())
     del layers["avgpool"], layers["fc"]
     return nn.Sequential(layers), 2048

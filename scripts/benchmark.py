@@ -1,9 +1,11 @@
-"""Measure where the time goes: warm-up, repeats, median and spread, peak memory.
+"""Measure where the time goes: warm-up, repeats, median and spread, memory taken.
 
 A part is a function from the flags to rows; it stands in PARTS at the end, its sizes in FLAGS.
 """
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -29,12 +31,21 @@ from PIL import Image
 
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
 from data_loader.dataset import EvalDataset, TrainDataset, normalize
+from data_loader.memory import Memory
+from data_loader.paste import Bank, pseudo_labels
 from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
 from data_loader.voc import VOC2012, read_image, read_label
-from models.deeplabv3 import DeepLabV3
+from models.deeplabv3 import DeepLabV3, freeze_bn, upsample_logits
+from models.losses import bce_sum, distillation_sum, sum_over_images
 from scripts.make_synthetic_voc import make_synthetic_voc, outlines, voc_palette
+from tests.data_loader.paste_reference import plain_paste
+from tests.models import reference
+from trainer.base_step import BaseStep
 from trainer.evaluate import confusion_matrix
+from trainer.health import Health
+from trainer.incremental import IncrementalStep
+from utils.checkpoint import save_checkpoint
 from utils.config import Config
 from utils.distributed import device
 from utils.errors import UserError, exit_with
@@ -42,7 +53,7 @@ from utils.errors import UserError, exit_with
 
 @dataclass
 class Row:
-    """One measurement: median, least and most of its repeats in `unit`; peak memory in MiB."""
+    """One measurement: median, least and most of its repeats in `unit`; memory taken, MiB."""
 
     part: str
     name: str
@@ -62,19 +73,23 @@ def measure(
     unit: str = "s",
     items: int = 1,
     before: Callable[[], object] = lambda: None,
-    warmup: int | None = None,
 ) -> Row:
-    """Time work() per item, after warm-up; before() comes ahead of each call, untimed."""
-    for _ in range(args.warmup if warmup is None else warmup):
+    """Time work() per item, after warm-up; before() comes ahead of each call, untimed.
+
+    The peak memory is that of the warm-up: the first call finds nothing allocated for it yet.
+    """
+    taken = _reset_peak()
+    for _ in range(max(1, args.warmup)):
         before()
         work()
-    _reset_peak()
+    peak = _peak() - taken
     factor = {"s": 1, "ms": 1000}[unit] / items
     times = []
     for _ in range(args.repeats):
         before()
         times.append(_seconds(work) * factor)
-    return Row(part, name, unit, statistics.median(times), min(times), max(times), len(times), _peak())
+    values = statistics.median(times), min(times), max(times)
+    return Row(part, name, unit, *values, len(times), peak)
 
 
 def ratio(part: str, name: str, over: Row, under: Row) -> Row:
@@ -98,10 +113,15 @@ def _seconds(work):
 
 
 def _reset_peak():
+    """Start of a memory measurement: MiB in use now."""
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    elif Path("/proc/self/clear_refs").exists():
+        return torch.cuda.memory_allocated() / 2**20
+    if Path("/proc/self/clear_refs").exists():
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory back to the system
         Path("/proc/self/clear_refs").write_text("5")
+    return _peak()
 
 
 def _peak():
@@ -195,7 +215,7 @@ def index(args: argparse.Namespace) -> list[Row]:
             shutil.rmtree(voc.cache_dir, ignore_errors=True)
 
         title = f"{args.index_images} label maps of {args.index_size} px"
-        first = measure("index", f"first scan, {title}", read, args, before=forget, warmup=0)
+        first = measure("index", f"first scan, {title}", read, args, before=forget)
         return [first, measure("index", f"from the cache, {title}", read, args)]
 
 
@@ -267,7 +287,193 @@ def _evaluation_data(args, root):
     return data
 
 
-PARTS = {"index": index, "loader": loader, "eval": evaluation}
+def memory(args: argparse.Namespace) -> list[Row]:
+    """Drawing and storing a memory, loading it, packing it on the device."""
+    with prepared_step(args) as (trainer, _):
+        folder, source = trainer.folder / "memory", trainer.previous.parent / "memory"
+
+        def build():
+            return trainer.data.memory(folder, source)
+
+        def forget():
+            shutil.rmtree(folder, ignore_errors=True)
+
+        stored = trainer.dataset.memory
+        size = sum(path.stat().st_size for path in stored.folder.iterdir()) / 2**20
+        title = f"{len(stored)} entries, {size:.1f} MiB on disk"
+        channels = 1 + sum(trainer.teacher.classes)
+        return [
+            measure("memory", f"draw, store and load, {title}", build, args, "ms", before=forget),
+            measure("memory", "load", build, args, "ms"),
+            measure("memory", "pack", lambda: Bank.pack(stored, channels, device()), args, "ms"),
+        ]
+
+
+def paste(args: argparse.Namespace) -> list[Row]:
+    """Pasting into a batch, beside the plain way: read each instance anew, image by image."""
+    with prepared_step(args) as (trainer, raw):
+        (batch,) = trainer.to_device(raw)
+        settings, crop = trainer.config.hyperparameter.paste, batch.images.shape[-1]
+        logits = trainer.teach(batch.images)
+        labels = pseudo_labels(batch.labels, logits, 0.7)
+        given = batch.images, batch.labels, labels
+        numbers = trainer.paste.numbers.split(batch.numbers.cpu())
+        channels = 1 + sum(trainer.teacher.classes)
+
+        def plain():
+            stored = Memory(trainer.folder / "memory", trainer.data.task.label_table(0, "test"))
+            on_cpu = (tensor.cpu() for tensor in (*given, batch.replayed))
+            images, known, pseudo, replayed = on_cpu
+            plain_paste(
+                settings, crop, stored, channels, channels + 1, images, known, pseudo, numbers, replayed
+            )
+
+        n = len(batch.images)
+        works = {
+            "pseudo labels": lambda: pseudo_labels(batch.labels, logits, 0.7),
+            f"paste, {settings.pastes} instances": lambda: trainer.paste(
+                *given, batch.numbers, batch.replayed
+            ),
+        }
+        title = f"crop {crop}, per image"
+        rows = [
+            measure("paste", f"{name}, {title}", work, args, "ms", n) for name, work in works.items()
+        ]
+        slow = measure("paste", f"plain, image by image, {title}", plain, args, "ms", n)
+        return [*rows, slow, ratio("paste", "plain / paste", slow, rows[1])]
+
+
+def loss(args: argparse.Namespace) -> list[Row]:
+    """Both losses with their gradient, beside the plain one-hot formulas."""
+    where, size, n = device(), (args.crop, args.crop), args.batch
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.rand(*shape, generator=generator).to(where)
+
+    old, channels, k = args.channels - 3, args.channels, 3
+    side = -(-args.crop // 16)
+    logits = (8 * random(n, channels, side, side) - 4).requires_grad_()
+    teacher = 8 * random(n, old, side, side) - 4
+    base = (random(n, *size) * channels).to(torch.uint8)
+    classes = (random(n, k) * (old - 1)).long() + 1
+    weights = random(n, k, *size) * (random(n, k, *size) < 0.25) / k
+    scale = (1 / (base != 255).sum().float()).expand(2)
+
+    def fast():
+        def parts_of(i, z):
+            known = upsample_logits(teacher[i : i + 1], size)[0]
+            covered = weights[i].sum(dim=0) > 0
+            bce = bce_sum(z, base[i], classes[i], weights[i])
+            return torch.stack([bce, distillation_sum(z, known, base[i], covered)])
+
+        sum_over_images(logits, size, parts_of, scale)[0].backward()
+
+    def plain():
+        full, known = upsample_logits(logits, size), upsample_logits(teacher, size)
+        soft = reference.soft_labels(base, classes, weights, channels)
+        kd = reference.distillation(full, known, base, weights.sum(dim=1) > 0, "rskd")
+        ((reference.bce(full, soft, base) + kd).sum() * scale[0]).backward()
+
+    title = f"batch {n}, crop {args.crop}, {channels} channels"
+    rows = [
+        measure("loss", f"image by image, {title}", fast, args),
+        measure("loss", f"plain one-hot, {title}", plain, args),
+    ]
+    return [*rows, ratio("loss", "image by image / plain", *rows)]
+
+
+def step(args: argparse.Namespace) -> list[Row]:
+    """A training iteration beside its bare networks, and where an iteration's time goes."""
+    rows = []
+    for number in (0, 1):
+        with prepared_step(args, number) as (trainer, raw):
+            rows += _iteration_rows(args, trainer, raw)
+    return rows
+
+
+def _iteration_rows(args, trainer, raw):
+    kind = "incremental" if trainer.data.step else "base"
+    health = Health(trainer.loss_parts, trainer.device, trainer.data.step)
+    batches = iter(lambda: raw, None) if args.data == "memory" else _endless(trainer, args)
+    pieces = trainer.to_device(raw)
+    images = pieces[0].images
+
+    def networks():
+        with trainer.autocast():
+            logits = trainer.net(images, upsample=False)
+        logits.float().square().mean().backward()
+        trainer.optimizer.zero_grad(set_to_none=True)
+        for _ in range(2 if trainer.data.step else 0):
+            trainer.teach(images)
+
+    def iteration():
+        trainer.train_iteration(next(batches), health)
+        health.recent.clear()
+
+    trainer.model.train()
+    if trainer.config.arch.args.freeze_all_bn:
+        freeze_bn(trainer.model)
+    n = len(images)
+    title = f"{args.backbone}, crop {images.shape[-1]}, batch {n}"
+    bare = measure("step", f"{kind}: bare networks, {title}", networks, args)
+    whole = measure("step", f"{kind}: iteration, data from {args.data}", iteration, args)
+    rows = [bare, whole, ratio("step", f"{kind}: iteration / bare networks", whole, bare)]
+    rows.append(measure("step", "  batch to the device", lambda: trainer.to_device(raw), args))
+    rows.append(measure("step", "  next batch of the loader", lambda: next(batches), args))
+    if trainer.data.step:
+        logits = trainer.teach(images)
+        labels = pseudo_labels(pieces[0].labels, logits, 0.7)
+        works = {
+            "  teacher, one forward": lambda: trainer.teach(images),
+            "  pseudo labels": lambda: pseudo_labels(pieces[0].labels, logits, 0.7),
+            "  paste": lambda: trainer.compose(pieces[0], labels),
+        }
+        rows += [measure("step", name, work, args) for name, work in works.items()]
+    return rows
+
+
+def _endless(trainer, args):
+    """Batches of the real loader, epoch after epoch."""
+    loader = make_loader(trainer.dataset, trainer.batches, args.num_workers, True)
+    while True:
+        yield from loader
+        trainer.batches.epoch += 1
+
+
+@contextmanager
+def prepared_step(args: argparse.Namespace, number: int = 1):
+    """Trainer of step `number` of 15-5 on drawn images of 500 px, and a batch of its loader."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = args.data_root or make_synthetic_voc(Path(folder) / "voc", 8 * args.batch, 1, 400)
+        config = Config()
+        config.data.data_root, config.trainer.save_dir = str(root), folder
+        config.arch.args.backbone, config.arch.args.backbone_pretrained = args.backbone, False
+        config.data.train.batch_size, config.task.step = args.batch, number
+        config.data.train.args.transform_args.crop_size = args.crop
+        config.arch.args.freeze_all_bn = number > 0
+        data = StepData(config)
+        if number:
+            previous = Path(folder) / "previous.pth"
+            model = DeepLabV3(data.classes[:-1], args.backbone)
+            content = {"format": "eir-1", "ac": 0.0, "state_dict": model.state_dict()}
+            save_checkpoint(previous, content)
+            trainer = IncrementalStep(config, data, previous=previous)
+        else:
+            trainer = BaseStep(config, data)
+        raw = next(iter(make_loader(trainer.dataset, trainer.batches, 0, False)))
+        yield trainer, raw
+
+
+PARTS = {
+    "index": index,
+    "loader": loader,
+    "memory": memory,
+    "paste": paste,
+    "loss": loss,
+    "step": step,
+    "eval": evaluation,
+}
 FLAGS = {
     "--index_images": (12000, "label maps"),
     "--index_size": (80, "longer side of a label map, up to 1.25 times this, pixels"),
@@ -276,6 +482,9 @@ FLAGS = {
     "--eval_images": (96, "images"),
     "--eval_crop": (128, "crop, pixels"),
     "--eval_batch": (8, "images per batch"),
+    "--batch": (4, "images per batch of the parts memory, paste, loss and step"),
+    "--crop": (128, "crop of these parts, pixels"),
+    "--channels": (9, "channels of the part loss, three of them new"),
     "--num_workers": (2, "loader processes where a whole loader is measured"),
     "--warmup": (1, "calls before measuring"),
     "--repeats": (5, "calls measured"),
@@ -301,7 +510,7 @@ def environment() -> dict[str, str]:
 
 def format_rows(rows: list[Row]) -> str:
     """The table: a line per row."""
-    lines = [f"{'part':<8}{'measured':<56}{'median':>10}{'least':>10}{'most':>10}     {'peak MiB':>10}"]
+    lines = [f"{'part':<8}{'measured':<56}{'median':>10}{'least':>10}{'most':>10}     {'MiB':>10}"]
     for row in rows:
         values = "".join(f"{value:>10.3f}" for value in (row.median, row.low, row.high))
         peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
@@ -316,6 +525,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data_root", help="a VOC 2012 folder (else images are drawn)")
     parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--data",
+        choices=("loader", "memory"),
+        default="loader",
+        help="where the part step has its batches from (%(default)s)",
+    )
     for flag, (default, text) in FLAGS.items():
         parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
     args = parser.parse_args(argv)
