@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_loader.dataset import MEAN, STD
+from data_loader.dataset import normalize
 from data_loader.memory import FILL, Memory
 from data_loader.tasks import NUM_CLASSES, VOID
 from utils.config import Paste
@@ -20,12 +20,13 @@ from utils.config import Paste
 class Bank:
     """The regions of the stored instances, packed on a device.
 
-    pixels: int32 [P], all regions' pixels row by row, a byte each for red, green, blue and the mask
-    (1: of the class). start, height, width: int64 [M], of entry m's region in pixels.
+    pixels: float32 [P, 3], all regions' pixels row by row, normalised; mask: bool [P], those of the
+    class. start, height, width: int64 [M], of entry m's region in pixels.
     slots: int64 [C, L], entries of each channel's list; count: int64 [C], lengths of the lists.
     """
 
     pixels: torch.Tensor
+    mask: torch.Tensor
     start: torch.Tensor
     height: torch.Tensor
     width: torch.Tensor
@@ -36,22 +37,23 @@ class Bank:
     def pack(cls, memory: Memory, channels: int, device: torch.device) -> "Bank":
         """Pack, of each entry, the region of the class that it was drawn for."""
         regions = [_region(memory, i) for i in range(len(memory))]
-        regions = regions or [np.zeros((1, 1, 4), dtype=np.uint8)]  # indexed, never used
-        shapes = torch.tensor([r.shape[:2] for r in regions])
+        regions = regions or [(np.zeros((1, 1, 3), dtype=np.uint8), np.zeros((1, 1), dtype=bool))]
+        colours = np.concatenate([colour.reshape(-1, 3) for colour, _ in regions])
+        mask = torch.from_numpy(np.concatenate([mask.ravel() for _, mask in regions]))
+        shapes = torch.tensor([mask.shape for _, mask in regions])
         sizes = shapes.prod(dim=1)
-        packed = np.concatenate([r.reshape(-1, 4) for r in regions])
         lists = [[i for i, c in enumerate(memory.drawn_for) if c == k] for k in range(channels)]
         slots = torch.zeros(channels, max(1, *map(len, lists)), dtype=torch.int64)
         for k, entries in enumerate(lists):
             slots[k, : len(entries)] = torch.tensor(entries, dtype=torch.int64)
         count = torch.tensor([len(entries) for entries in lists])
-        pixels = torch.from_numpy(packed).view(torch.int32).flatten()
-        fields = (pixels, sizes.cumsum(0) - sizes, shapes[:, 0], shapes[:, 1], slots, count)
+        pixels = normalize(torch.from_numpy(colours).T[None, :, :, None])[0, :, :, 0].T.contiguous()
+        fields = (pixels, mask, sizes.cumsum(0) - sizes, shapes[:, 0], shapes[:, 1], slots, count)
         return cls(*(field.to(device) for field in fields))
 
 
 def _region(memory, i):
-    """Box around the pixels of the entry's class: uint8 [h, w, 4], colour and mask.
+    """Box around the pixels of the entry's class: colour uint8 [h, w, 3] and mask bool [h, w].
 
     Pixels of the box that are not of the class have ImageNet's mean colour: zero after
     normalisation, with which bilinear resampling mixes at the region's border.
@@ -59,9 +61,8 @@ def _region(memory, i):
     mask = memory.labels[i] == memory.drawn_for[i]
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-    mask = mask[box][..., None]
-    colour = np.where(mask, memory.images[i][box], np.uint8(FILL))
-    return np.concatenate([colour, mask.astype(np.uint8)], axis=2)
+    colour = np.where(mask[box][..., None], memory.images[i][box], np.uint8(FILL))
+    return colour, mask[box]
 
 
 @dataclass
@@ -148,9 +149,6 @@ class PasteAugmentation:
         self.numbers = Numbers(settings, crop_size)
         self.cell = cell_size(settings, crop_size)
         self.grid = crop_size // self.cell
-        device = bank.pixels.device
-        self.mean = torch.tensor(MEAN, device=device).view(3, 1, 1) * 255
-        self.std = torch.tensor(STD, device=device).view(3, 1, 1) * 255
 
     def __call__(
         self,
@@ -295,33 +293,19 @@ class PasteAugmentation:
         y0, y1, fy = _neighbours(target, bank.height[entry, None], height)
         x0, x1, fx = _neighbours(column, bank.width[entry, None], width)
 
-        def pixels(y, x):
+        def at(y, x):
             row = bank.start[entry, None] + y * bank.width[entry, None]
-            return bank.pixels[row[:, :, None] + x[:, None, :]]
+            return row[:, :, None] + x[:, None, :]
 
-        corners = pixels(y0, x0), pixels(y0, x1), pixels(y1, x0), pixels(y1, x1)
-        fx, fy = fx[:, None, :], fy[:, :, None]
-        near_x, near_y = fx >= 0.5, fy >= 0.5
-        nearest = torch.where(
-            near_y,
-            torch.where(near_x, corners[3], corners[2]),
-            torch.where(near_x, corners[1], corners[0]),
-        )
-        upper, lower = (
-            torch.lerp(_colours(left), _colours(right), fx[:, None])
-            for left, right in (corners[:2], corners[2:])
-        )
-        colour = torch.lerp(upper, lower, fy[:, None]).sub_(self.mean).div_(self.std)
-        return colour, inside & (nearest >> 24 > 0)
+        def pixels(y, x):
+            return F.embedding(at(y, x), bank.pixels)
 
-
-def _colours(packed):
-    """float32 [N, 3, H, W] in 0..255, from packed pixels int32 [N, H, W]."""
-    shape = len(packed), 3, *packed.shape[1:]
-    colours = torch.empty(shape, dtype=torch.float32, device=packed.device)
-    for channel in range(3):
-        colours[:, channel] = packed >> 8 * channel & 255
-    return colours
+        along = fx[:, None, :, None].expand(-1, -1, -1, 3).contiguous()  # read in one go with colour
+        upper = torch.lerp(pixels(y0, x0), pixels(y0, x1), along)
+        lower = torch.lerp(pixels(y1, x0), pixels(y1, x1), along)
+        colour = torch.lerp(upper, lower, fy[:, :, None, None]).permute(0, 3, 1, 2)
+        nearest = at(torch.where(fy < 0.5, y0, y1), torch.where(fx < 0.5, x0, x1))
+        return colour, inside & bank.mask[nearest]
 
 
 def _neighbours(target, size, scaled_size):
