@@ -433,6 +433,62 @@ def _iteration_rows(args, trainer, raw):
     return rows
 
 
+def scaling(args: argparse.Namespace) -> list[Row]:
+    """Time of an incremental iteration, data from memory, against each of its sizes; a figure."""
+    axes = {
+        "batch": [2, 4, 8, 16],
+        "crop": [96, 128, 192, 256],
+        "task": ["5-5", "10-5", "15-5"],
+        "mem_size": [8, 16, 32, 64],
+    }
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_synthetic_voc(Path(folder) / "voc", 300, 1, 160)
+        for axis, values in axes.items():
+            for value in values:
+                own = argparse.Namespace(**{**vars(args), "data_root": root, axis: value})
+                rows.append(_iteration_time(own, axis, value))
+    if args.figure:
+        _draw_scaling(axes, rows, args)
+    return rows
+
+
+def _iteration_time(args, axis, value):
+    with prepared_step(args) as (trainer, raw):
+        trainer.model.train()
+        freeze_bn(trainer.model)
+        health = Health(trainer.loss_parts, trainer.device, 1)
+        title = f"{axis} {value}"
+        if axis == "task":
+            title += f", {1 + sum(trainer.model.classes)} channels"
+        if axis == "mem_size":
+            title += f", {len(trainer.dataset.memory)} entries"
+        return measure("scaling", title, lambda: trainer.train_iteration(raw, health), args, "ms")
+
+
+def _draw_scaling(axes, rows, args):
+    """The rows against each size; area in place of the crop's side, channels in place of the task."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = {"batch": "batch", "crop": "crop, pixels", "task": "channels", "mem_size": "stored entries"}
+    figure, panels = plt.subplots(1, 4, figsize=(13, 3.2), sharey=False)
+    remaining = iter(rows)
+    for axes_, (axis, values) in zip(panels, axes.items(), strict=True):
+        own = list(islice(remaining, len(values)))
+        sizes = [float(row.name.split()[2 if "," in row.name else 1]) for row in own]
+        sizes = [size**2 for size in sizes] if axis == "crop" else sizes
+        errors = [[r.median - r.low for r in own], [r.high - r.median for r in own]]
+        axes_.errorbar(sizes, [r.median for r in own], errors, marker="o", capsize=3)
+        axes_.set(xlabel=names[axis], ylim=(0, None), xlim=(0, None))
+        axes_.grid(alpha=0.3)
+    panels[0].set_ylabel("one iteration, ms")
+    figure.suptitle(f"Incremental step, {args.backbone}, batch {args.batch}, crop {args.crop}")
+    figure.savefig(args.figure, dpi=100, bbox_inches="tight")
+
+
 def _endless(trainer, args):
     """Batches of the real loader, epoch after epoch."""
     loader = make_loader(trainer.dataset, trainer.batches, args.num_workers, True)
@@ -443,13 +499,14 @@ def _endless(trainer, args):
 
 @contextmanager
 def prepared_step(args: argparse.Namespace, number: int = 1):
-    """Trainer of step `number` of 15-5 on drawn images of 500 px, and a batch of its loader."""
+    """Trainer of step `number` of a task on drawn images of 500 px, and a batch of its loader."""
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_root or make_synthetic_voc(Path(folder) / "voc", 8 * args.batch, 1, 400)
         config = Config()
         config.data.data_root, config.trainer.save_dir = str(root), folder
         config.arch.args.backbone, config.arch.args.backbone_pretrained = args.backbone, False
-        config.data.train.batch_size, config.task.step = args.batch, number
+        config.data.train.batch_size, config.data.memory.mem_size = args.batch, args.mem_size
+        config.task.name, config.task.step = args.task, number
         config.data.train.args.transform_args.crop_size = args.crop
         config.arch.args.freeze_all_bn = number > 0
         data = StepData(config)
@@ -473,6 +530,7 @@ PARTS = {
     "loss": loss,
     "step": step,
     "eval": evaluation,
+    "scaling": scaling,
 }
 FLAGS = {
     "--index_images": (12000, "label maps"),
@@ -484,6 +542,7 @@ FLAGS = {
     "--eval_batch": (8, "images per batch"),
     "--batch": (4, "images per batch of the parts memory, paste, loss and step"),
     "--crop": (128, "crop of these parts, pixels"),
+    "--mem_size": (100, "stored instances, at most"),
     "--channels": (9, "channels of the part loss, three of them new"),
     "--num_workers": (2, "loader processes where a whole loader is measured"),
     "--warmup": (1, "calls before measuring"),
@@ -521,9 +580,11 @@ def format_rows(rows: list[Row]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=[*PARTS, "all"])
+    parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling")
     parser.add_argument("--data_root", help="a VOC 2012 folder (else images are drawn)")
     parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")
+    parser.add_argument("--task", default="15-5", help="task of the part step (%(default)s)")
+    parser.add_argument("--figure", metavar="PNG", help="where the part scaling draws its figure")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument(
         "--data",
@@ -537,7 +598,8 @@ def main(argv: list[str] | None = None) -> int:
     about = environment()
     print("\n".join(f"{key:<12} {value}" for key, value in about.items()) + "\n")
     try:
-        rows = [row for p in PARTS if args.part in (p, "all") for row in PARTS[p](args)]
+        chosen = [args.part] if args.part != "all" else [p for p in PARTS if p != "scaling"]
+        rows = [row for part in chosen for row in PARTS[part](args)]
     except UserError as error:
         exit_with(error)
     print(format_rows(rows))
