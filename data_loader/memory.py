@@ -49,8 +49,8 @@ class Memory:
         """table: uint8 [256] from VOC classes to channels. UserError if the store is damaged."""
         self.folder = folder
         manifest = read_manifest(folder)
-        self.instances = manifest["kind"] == "instance"
-        self.entries = [Entry(**row) for row in manifest["entries"]]
+        self.instances = manifest.get("kind") == "instance"
+        self.entries = manifest["entries"]
         self.images, self.labels = [], []
         for entry in self.entries:
             image, label = _read_crop(folder, entry)
@@ -85,10 +85,11 @@ class Memory:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a stored memory; UserError if it is missing or unreadable."""
+    """The manifest of a stored memory, entries as Entry; UserError if missing or unreadable."""
     try:
-        return json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        return {**manifest, "entries": [Entry(**row) for row in manifest["entries"]]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"cannot read the memory in {folder} ({error}): remove the folder to draw it anew"
         ) from None
@@ -175,12 +176,12 @@ def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ..
     if source.previous is None:
         return images, []
     manifest = read_manifest(source.previous)
-    if manifest["kind"] != kind:
+    if manifest.get("kind") != kind:
         raise UserError(
-            f"the memory in {source.previous} is of kind {manifest['kind']}, this step needs "
+            f"the memory in {source.previous} is of kind {manifest.get('kind')}, this step needs "
             f"{kind}: train all steps with the same --replay"
         )
-    return images, [Entry(**row) for row in manifest["entries"]]
+    return images, manifest["entries"]
 
 
 def balanced_draw(

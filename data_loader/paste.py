@@ -203,7 +203,7 @@ class PasteAugmentation:
         else:
             potential = torch.zeros_like(stored)
         group = torch.where(potential, 0, torch.where(stored, 1, 2))
-        order = (group + keys).argsort(dim=1)
+        order = (group + keys.double()).argsort(dim=1)
         found, kinds = potential.sum(dim=1), stored.sum(dim=1)
         position = torch.arange(k, device=given.device).expand(len(given), k)
         # positions beyond the potential classes go round all stored ones, the others first

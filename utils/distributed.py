@@ -50,9 +50,7 @@ def _run(local_rank, worker, config, url, *arguments):
             torch.cuda.set_device(local_rank)
         worker(config, *arguments)
     except UserError as error:
-        if rank() == 0 or not dist.is_initialized():
-            exit_with(error)
-        sys.exit(2)
+        exit_with(error, rank() if dist.is_initialized() else None)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -1,6 +1,8 @@
 """The one exception that stands for "the user can fix this", and its way to the terminal."""
 
+import os
 import sys
+import time
 
 
 class UserError(Exception):
@@ -14,8 +16,14 @@ class UserError(Exception):
         return super().__str__().rpartition("UserError: ")[2].strip()
 
 
-def exit_with(error: UserError) -> None:
-    """Print the error as one line on standard error and end this process with exit code 2."""
+def exit_with(error: UserError, rank: int | None = None) -> None:
+    """Print the error as one line on standard error and end this process with exit code 2.
+
+    rank: of this process, by default what torchrun says. The first process speaks for all: its end
+    makes the launcher stop the others, which speak only if the error was theirs alone.
+    """
+    if int(os.environ.get("RANK", 0)) if rank is None else rank:
+        time.sleep(5)
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)

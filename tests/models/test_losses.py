@@ -195,6 +195,18 @@ class TestExtremes:
         expected = plain(case, case.student.double(), parts).sum(dim=1)
         assert results[0][0].tolist() == pytest.approx(expected.tolist(), rel=1e-5)
 
+    def test_autocast_is_off_inside(self):
+        states = []
+
+        def parts_of(i, z):
+            states.append(torch.is_autocast_enabled("cpu"))
+            return z.sum()[None]
+
+        logits = torch.randn(2, 3, 4, 4, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            sum_over_images(logits, (8, 8), parts_of, torch.ones(1))
+        assert states == [False, False]
+
     @pytest.mark.parametrize("parts", PARTS, ids=str)
     def test_logits_far_beyond_the_usual(self, parts):
         case = random_case(new=1, scale=1e4)
