@@ -55,9 +55,7 @@ def decoded(root, name):
 
 
 def stored(folder, row):
-    return tuple(
-        np.array(Image.open(folder / f"{row['file']}_{part}.png")) for part in ("image", "label")
-    )
+    return tuple(np.array(Image.open(folder / f"{row.file}_{part}.png")) for part in ("image", "label"))
 
 
 def train_ids(root):
@@ -139,7 +137,7 @@ class TestCandidates:
         data = step_data(voc_root, step, ALL, task_setting=setting, task_name="15-1_b")
         data.memory(tmp_path / "memory", None)
         rows = read_manifest(tmp_path / "memory")["entries"]
-        found = {(row["id"], tuple(sorted(row["classes"]))) for row in rows}
+        found = {(row.id, tuple(sorted(row.classes))) for row in rows}
         arguments = voc_root, setting, step - 1
         expected = expected_candidates(*arguments, task_name="15-1_b")
         assert len(rows) == len(found) and found == expected
@@ -151,8 +149,8 @@ class TestCandidates:
         step_data(voc_root, 2, ALL).memory(tmp_path / "two", tmp_path / "one")
         first, second = (read_manifest(tmp_path / name)["entries"] for name in ("one", "two"))
         new = expected_candidates(voc_root, "overlap", 1)
-        assert sorted((r["id"], tuple(r["classes"])) for r in second) == sorted(
-            [*new, *((r["id"], tuple(r["classes"])) for r in first)]
+        assert sorted((r.id, tuple(r.classes)) for r in second) == sorted(
+            [*new, *((r.id, tuple(r.classes)) for r in first)]
         )
 
     def test_whole_images_need_not_be_in_one_piece(self, voc_root, tmp_path):
@@ -160,11 +158,11 @@ class TestCandidates:
         memory = data.memory(tmp_path / "memory", None)
         rows = read_manifest(tmp_path / "memory")["entries"]
         expected = expected_candidates(voc_root, "overlap", 0, "image")
-        assert {(row["id"], tuple(row["classes"])) for row in rows} == expected
+        assert {(row.id, tuple(row.classes)) for row in rows} == expected
         assert expected > expected_candidates(voc_root, "overlap", 0)
         voids = 0
         for i, row in enumerate(rows):
-            image, label = decoded(voc_root, row["id"])
+            image, label = decoded(voc_root, row.id)
             seen_then = np.where(np.isin(label, [*range(1, 6), VOID]), label, 0)
             pictures = stored(tmp_path / "memory", row)
             assert np.array_equal(pictures[0], image) and np.array_equal(pictures[1], seen_then)
@@ -188,17 +186,15 @@ class TestStore:
         step_data(voc_root, 1, ALL, task_name=task).memory(tmp_path / "memory", None)
         around = 0
         for row in read_manifest(tmp_path / "memory")["entries"]:
-            image, label = decoded(voc_root, row["id"])
+            image, label = decoded(voc_root, row.id)
             pixels, classes = stored(tmp_path / "memory", row)
-            mask = np.isin(label, row["classes"])
-            box = np.s_[
-                row["top"] : row["top"] + row["height"], row["left"] : row["left"] + row["width"]
-            ]
-            assert row["canvas"] == list(label.shape) and mask.sum() == mask[box].sum()
+            mask = np.isin(label, row.classes)
+            box = np.s_[row.top : row.top + row.height, row.left : row.left + row.width]
+            assert row.canvas == list(label.shape) and mask.sum() == mask[box].sum()
             assert all(mask[box][edge].any() for edge in (0, -1, np.s_[:, 0], np.s_[:, -1]))
             assert np.array_equal(classes, np.where(mask[box], label[box], 0))
             assert np.array_equal(pixels, np.where(mask[box][..., None], image[box], 0))
-            assert set(np.unique(classes)) - {0} == set(row["classes"])
+            assert set(np.unique(classes)) - {0} == set(row.classes)
             around += (label[box] == VOID).sum()
         assert around
 
@@ -207,18 +203,18 @@ class TestStore:
         step_data(voc_root, 1, 12, task_name="15-1_b", seed=7).memory(folder, None)
         manifest = json.loads((folder / "manifest.json").read_text())
         order = get_task("15-1_b", "overlap").steps[0]
-        rows = manifest["entries"]
+        assert all(row.keys() == FIELDS for row in manifest["entries"])
+        rows = read_manifest(folder)["entries"]
         assert manifest["kind"] == "instance" and manifest["classes"] == list(order)
         assert manifest["budget"] == 12 == len(rows) and manifest["seed"] == 7
         assert list(manifest["lists"]) == [CLASS_NAMES[c] for c in order]
         listed = {k: CLASS_NAMES.index(name) for name, ks in manifest["lists"].items() for k in ks}
-        assert listed == {k: row["drawn_for"] for k, row in enumerate(rows)}
+        assert listed == {k: row.drawn_for for k, row in enumerate(rows)}
         files = set()
         for row in rows:
-            assert row.keys() == FIELDS
-            assert row["drawn_for"] in row["classes"] and set(row["classes"]) <= set(order)
-            for part, digest in zip(("image", "label"), row["sha256"], strict=True):
-                path = folder / f"{row['file']}_{part}.png"
+            assert row.drawn_for in row.classes and set(row.classes) <= set(order)
+            for part, digest in zip(("image", "label"), row.sha256, strict=True):
+                path = folder / f"{row.file}_{part}.png"
                 assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
                 files.add(path.name)
         assert {path.name for path in folder.iterdir()} == files | {"manifest.json"}
@@ -394,11 +390,9 @@ class TestReplay:
         for i, row in enumerate(read_manifest(tmp_path / "memory")["entries"]):
             image, label = memory.replay(i)
             pixels, classes = stored(tmp_path / "memory", row)
-            whole = np.zeros(row["canvas"], np.uint8)
-            expected = np.zeros((*row["canvas"], 3))
-            box = np.s_[
-                row["top"] : row["top"] + row["height"], row["left"] : row["left"] + row["width"]
-            ]
+            whole = np.zeros(row.canvas, np.uint8)
+            expected = np.zeros((*row.canvas, 3))
+            box = np.s_[row.top : row.top + row.height, row.left : row.left + row.width]
             for channel, c in enumerate(order, start=1):
                 whole[box][classes == c] = channel
             expected[box] = (pixels / 255 - mean) / std * (classes > 0)[..., None]
@@ -445,3 +439,10 @@ class TestReplay:
         expected = [101 + order.index(entry.drawn_for) for entry in memory.entries]
         assert memory.drawn_for == expected
         assert all(memory.replay(i)[1].max() > 100 for i in range(len(memory)))
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"entries": [{"id": "x"}]}'])
+def test_a_damaged_manifest_is_an_error_that_says_the_way_out(tmp_path, text):
+    (tmp_path / "manifest.json").write_text(text)
+    with pytest.raises(UserError, match="remove the folder to draw it anew"):
+        read_manifest(tmp_path)

@@ -167,13 +167,13 @@ class TestChannels:
         assert rows and len(rows) == len(dataset) - len(dataset.images)
         count = torch.zeros(16, dtype=torch.int64)
         for i, row in enumerate(rows):
-            voc = np.array(Image.open(trainer.folder / "memory" / f"{row['file']}_label.png"))
+            voc = np.array(Image.open(trainer.folder / "memory" / f"{row.file}_label.png"))
             channels = np.zeros_like(voc)
             for k, c in enumerate(OLD, start=1):
                 channels[voc == c] = k
             shown = dataset.memory.replay(i)[1].numpy()
             assert np.array_equal(shown[shown > 0], channels[channels > 0])
-            count[OLD.index(row["drawn_for"]) + 1] += 1
+            count[OLD.index(row.drawn_for) + 1] += 1
         assert torch.equal(trainer.paste.bank.count, count)
 
     def test_pseudo_labels_and_pastes_use_the_same_channels(self, step_1, monkeypatch):
