@@ -159,7 +159,8 @@ class StepData:
         before = self.step - 1
         if previous and not previous.is_dir():
             names = ", ".join(CLASS_NAMES[c] for c in self.task.steps[before])
-            log.warning(f"no memory in {previous}: only {names} can be drawn") if before else None
+            if before:
+                log.warning(f"no memory in {previous}: only {names} can be drawn")
             previous = None
         visible, old = self.task.visible(before, "train"), self.task.seen(before)
         chosen = self.images("train", before)

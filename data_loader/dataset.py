@@ -75,7 +75,7 @@ class TrainDataset(Dataset):
             image, label = self.images.load(i)
             name = self.images.ids[i]
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(int(generator.integers(2**62)))
+            torch.default_generator.manual_seed(int(generator.integers(2**62)))
             image, label = self.images.transform(image, label)
         sample = {"image": image.contiguous(), "label": label, "id": name, "replayed": replayed}
         sample["alone"] = replayed and self.memory.instances

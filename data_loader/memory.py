@@ -6,6 +6,7 @@ On disk that is two PNG files an entry, which a person can open, and one manifes
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from utils.visualize import label_image
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: zero after normalisation
 MANIFEST = "manifest.json"
+PARTS = ("image", "label")
 
 
 @dataclass(frozen=True)
@@ -96,17 +98,21 @@ def read_manifest(folder: Path) -> dict:
 
 
 def _read_crop(folder, entry):
-    arrays = []
-    for suffix, digest in zip(("image", "label"), entry.sha256, strict=True):
-        path = folder / f"{entry.file}_{suffix}.png"
-        data = path.read_bytes() if path.is_file() else b""
-        if hashlib.sha256(data).hexdigest() != digest:
+    """Image uint8 [h, w, 3] and label uint8 [h, w] of an entry, as stored."""
+    return [np.array(Image.open(io.BytesIO(data))) for data in _read_files(folder, entry)]
+
+
+def _read_files(folder, entry):
+    """The bytes of an entry's two files; UserError unless they are those of the manifest."""
+    files = []
+    for part, digest in zip(PARTS, entry.sha256, strict=True):
+        path = folder / f"{entry.file}_{part}.png"
+        files.append(path.read_bytes() if path.is_file() else b"")
+        if hashlib.sha256(files[-1]).hexdigest() != digest:
             raise UserError(
                 f"{path} is missing or was changed: remove {folder} to draw the memory anew"
             )
-        with Image.open(path) as image:
-            arrays.append(np.array(image))
-    return arrays
+    return files
 
 
 @dataclass(frozen=True)
@@ -130,13 +136,19 @@ def build_memory(
     """Draw and store a memory in `folder`, unless the same one is there already.
 
     kind: "instance" (crops without background) or "image" (whole images). The folder appears whole
-    or not at all. Raises UserError where the previous memory is of another kind.
+    or not at all. Raises UserError where it holds another memory, or the previous memory is of
+    another kind or damaged.
     """
     settings = {"kind": kind, "budget": budget, "seed": seed, "classes": list(old_classes)}
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
-        if all(manifest.get(key) == value for key, value in settings.items()):
+        changed = [key for key, value in settings.items() if manifest.get(key) != value]
+        if not changed:
             return
+        raise UserError(
+            f"{folder} holds a memory drawn with another {', '.join(changed)}: choose another --name, "
+            "or --overwrite the step"
+        )
     images, entries = candidates(source, kind)
     shown = [*(classes for _, classes in images), *(tuple(e.classes) for e in entries)]
     lists = balanced_draw(shown, old_classes, budget, np.random.default_rng((seed, len(old_classes))))
@@ -237,7 +249,8 @@ def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:
     file = f"{name}_{files.ids[i]}"
     Image.fromarray(np.ascontiguousarray(image)).save(folder / f"{file}_image.png")
     label_image(label).save(folder / f"{file}_label.png")
-    digests = [_digest(folder / f"{file}_{part}.png") for part in ("image", "label")]
+    written = [folder / f"{file}_{part}.png" for part in PARTS]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in written]
     height, width = label.shape
     return Entry(
         files.ids[i], drawn_for, list(classes), top, left, height, width, canvas, file, digests
@@ -247,10 +260,6 @@ def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:
 def _carry(folder, name, previous, entry, drawn_for) -> Entry:
     """Copy an entry of the memory before, so that this memory stands alone."""
     file = f"{name}_{entry.id}"
-    for part in ("image", "label"):
-        shutil.copyfile(previous / f"{entry.file}_{part}.png", folder / f"{file}_{part}.png")
+    for part, data in zip(PARTS, _read_files(previous, entry), strict=True):
+        (folder / f"{file}_{part}.png").write_bytes(data)
     return replace(entry, file=file, drawn_for=drawn_for)
-
-
-def _digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()

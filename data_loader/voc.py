@@ -52,7 +52,7 @@ class VOC2012:
     """A VOC2012 folder, or the VOCdevkit above it."""
 
     def __init__(self, root: str | Path, cache_dir: str | Path | None = None):
-        self.root = _find_root(Path(root))
+        self.root = _find_root(Path(root).expanduser())
         self.cache_dir = Path(cache_dir) if cache_dir else self.root / "label_index"
 
     def read_list(self, split: str) -> ImageList:
@@ -65,7 +65,11 @@ class VOC2012:
         path = self.root / "ImageSets" / "Segmentation" / LISTS[split]
         if not path.is_file():
             raise UserError(f"no list {path}: put the {split} list of VOC 2012 there")
-        lines = [line.split() for line in path.read_text().splitlines() if line.strip()]
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"cannot read the list {path}: {error}") from None
+        lines = [line.split() for line in text.splitlines() if line.strip()]
         if not lines:
             raise UserError(f"the list {path} is empty")
         files = _Folder(self.root)
@@ -131,10 +135,11 @@ def _find_root(root):
 
 
 def _fingerprint(images):
-    digest = hashlib.sha256(b"1")
+    """Place, names, sizes and times of the files."""
+    digest = hashlib.sha256(f"2 {images.images[0].parent.resolve()}".encode())
     for image, label in zip(images.images, images.labels, strict=True):
         status = os.stat(image), os.stat(label)
-        digest.update(f"{image.name} {label}".encode())
+        digest.update(f"{image.name} {label.parent.name}/{label.name}".encode())
         digest.update(b"".join(b" %d %d" % (s.st_size, s.st_mtime_ns) for s in status))
     return digest.hexdigest()
 
@@ -215,9 +220,10 @@ def read_label(path: Path) -> np.ndarray:
     """A label map of VOC classes: uint8 [H, W]; UserError for a colour image."""
     with open_image(path) as image:
         if image.mode not in ("P", "L"):
+            colour = image.mode in ("RGB", "RGBA", "CMYK", "YCbCr")
+            kind = "a colour image" if colour else f"an image of mode {image.mode}"
             raise UserError(
-                f"label {path} is a colour image ({image.mode}); class ids are needed "
-                "(palette or grey PNG, 0..20 and 255)"
+                f"label {path} is {kind}; class ids are needed (palette or grey PNG, 0..20 and 255)"
             )
         try:
             return np.array(image)

@@ -90,7 +90,7 @@ class _ImageByImage(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, logits, size, parts_of, weights):
-        gradient = torch.empty_like(logits)
+        gradient = torch.empty_like(logits, dtype=weights.dtype)
         total = torch.zeros_like(weights)
         for i in range(len(logits)):
             with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
@@ -98,14 +98,15 @@ class _ImageByImage(torch.autograd.Function):
                 parts = parts_of(i, upsample_logits(leaf, size)[0])
                 (gradient[i : i + 1],) = torch.autograd.grad((parts * weights).sum(), leaf)
             total += parts.detach()
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient)  # in full precision: a loss scale is still to come
+        ctx.dtype = logits.dtype
         ctx.mark_non_differentiable(total)
         return (total * weights).sum(), total
 
     @staticmethod
     def backward(ctx, outer, _):
         (gradient,) = ctx.saved_tensors
-        return gradient * outer, None, None, None
+        return (gradient * outer).to(ctx.dtype), None, None, None
 
 
 def sum_over_images(

@@ -38,7 +38,7 @@ from data_loader.transforms import TrainTransform
 from data_loader.voc import VOC2012, read_image, read_label
 from models.deeplabv3 import DeepLabV3, freeze_bn, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
-from scripts.make_synthetic_voc import make_synthetic_voc, outlines, voc_palette
+from scripts.make_synthetic_voc import make_synthetic_voc, outlines
 from tests.data_loader.paste_reference import plain_paste
 from tests.models import reference
 from trainer.base_step import BaseStep
@@ -49,6 +49,7 @@ from utils.checkpoint import save_checkpoint
 from utils.config import Config
 from utils.distributed import device
 from utils.errors import UserError, exit_with
+from utils.visualize import label_image
 
 
 @dataclass
@@ -169,8 +170,7 @@ def write_photographs(root: Path, count: int, height: int = 375, width: int = 50
     for name in ids:
         picture = Image.fromarray(photograph(rng, height, width))
         picture.save(root / f"JPEGImages/{name}.jpg", quality=95)
-        label = Image.fromarray(regions(rng, height, width))
-        label.putpalette(voc_palette())
+        label = label_image(regions(rng, height, width))
         label.save(root / f"SegmentationClassAug/{name}.png")
     for file in ("train_aug", "val"):
         (root / f"ImageSets/Segmentation/{file}.txt").write_text("\n".join(ids) + "\n")
@@ -261,7 +261,9 @@ def evaluation(args: argparse.Namespace) -> list[Row]:
 
         @torch.inference_mode()
         def forward():
-            with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+            with torch.backends.cudnn.flags(
+                enabled=True, deterministic=True, benchmark=False, allow_tf32=False
+            ):
                 for batch in images:
                     model(batch)
 

@@ -20,6 +20,9 @@ import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from utils.visualize import label_image
+
 Spot = tuple[float, float]
 CLASSES = 20
 VOID = 255
@@ -60,15 +63,6 @@ TEXTURES = (
 def between(rng: Generator, low: float, high: float) -> float:
     """A uniform number in [low, high), rounded the same way on every machine."""
     return low + (high - low) * float(rng.random())
-
-
-def voc_palette() -> list[int]:
-    """The PASCAL VOC colour map: 256 * 3 integers in 0..255, red, green, blue by turns."""
-    return [
-        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
-        for index in range(256)
-        for channel in range(3)
-    ]
 
 
 def hsv_to_rgb(hue: float, saturation: float, value: float) -> list[float]:
@@ -210,7 +204,6 @@ def make_synthetic_voc(
         raise FileExistsError(f"{output} is not empty: name a new folder or empty this one first")
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    palette = voc_palette()
     for split, name, year, count in ((TRAIN, "train_aug", 2007, train), (VAL, "val", 2008, val)):
         lines = []
         for index in range(count):
@@ -218,9 +211,7 @@ def make_synthetic_voc(
             jpeg = f"/JPEGImages/{year}_{index:06d}.jpg"
             png = f"/SegmentationClassAug/{year}_{index:06d}.png"
             Image.fromarray(image).save(f"{output}{jpeg}", quality=92)
-            indexed = Image.fromarray(label)
-            indexed.putpalette(palette)
-            indexed.save(f"{output}{png}")
+            label_image(label).save(f"{output}{png}")
             lines.append(f"{jpeg} {png}\n")
         (output / f"ImageSets/Segmentation/{name}.txt").write_text("".join(lines))
     return output

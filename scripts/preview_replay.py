@@ -6,6 +6,7 @@ Columns: the image, its labels, with pseudo labels, with pasted instances, the p
 
 import argparse
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,20 @@ TITLES = ["image", "labels", "with pseudo labels", "with instances", "weight of 
 def preview(config, run, options) -> None:
     if config.task.step < 1:
         raise UserError("step 0 replays nothing: give --task_step 1 or higher")
+    if options.images < 1 or options.epoch < 1:
+        raise UserError("--images and --epoch start at 1")
+    if not options.output.parent.is_dir():
+        raise UserError(f"no folder {options.output.parent} to write {options.output.name} into")
+    previous = previous_checkpoint(config, run)
+    with tempfile.TemporaryDirectory() as folder:
+        if not (config.step_dir() / "memory").is_dir():
+            config.trainer.save_dir = folder  # a step that was not started keeps its folder clean
+        _preview(config, previous, options)
+
+
+def _preview(config, previous, options):
     config.data.train.batch_size, config.arch.args.freeze_all_bn = options.images, True
-    trainer = IncrementalStep(config, StepData(config), previous=previous_checkpoint(config, run))
+    trainer = IncrementalStep(config, StepData(config), previous=previous)
     colours = voc_palette()[[0, *trainer.data.task.order]]
     rows = [row for batch in first_batch(trainer, options) for row in pictures(trainer, batch, colours)]
     sheet(options.output, rows, TITLES)
@@ -74,13 +87,17 @@ def photograph(image: torch.Tensor) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], epilog="further flags are those of train_voc.py"
+        description=__doc__.splitlines()[0],
+        epilog="further flags are those of train_voc.py",
+        allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--images", type=int, default=6, help="composites, half of them replay images")
     parser.add_argument("--epoch", type=int, default=1, help="epoch whose randomness is shown")
     options, rest = parser.parse_known_args()
-    launch(preview, *parse_train(rest), options)
+    config, run = parse_train(rest)
+    config.multiprocessing_distributed = False
+    launch(preview, config, run, options)
 
 
 if __name__ == "__main__":

@@ -55,7 +55,8 @@ def curve(steps: dict[int, dict], path: Path, title: str) -> None:
     for group, name in GROUPS.items():
         points = [(s, mean_iou(m)[group]) for s, m in steps.items()]
         points = [p for p in points if p[1] is not None]
-        axes.plot(*zip(*points, strict=True), marker="o", label=name) if points else None
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="o", label=name)
     axes.set(xlabel="step", ylabel="mean IoU, %", title=title, ylim=(0, 100), xticks=list(steps))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -17,7 +17,8 @@ CONFIG=${CONFIG:-configs/config_voc.json}
 BS=${BS:-32} EPOCH=${EPOCH:-60} MEMORY_SIZE=${MEMORY_SIZE:-100}
 INIT_LR=${INIT_LR:-0.001} LR=${LR:-0.0001} INIT_POSWEIGHT=${INIT_POSWEIGHT:-2}
 PYTHON=${PYTHON:-python}
-read -r -a LAUNCH <<<"${LAUNCHER:-$PYTHON}"
+LAUNCH=("$PYTHON")
+[ -z "${LAUNCHER:-}" ] || read -r -a LAUNCH <<<"$LAUNCHER"
 
 flags=(-c "$CONFIG" --multiprocessing_distributed --task_name "$TASK" --task_setting "$SETTING"
     --bs "$BS" --epochs "$EPOCH" --mem_size "$MEMORY_SIZE" "$@")
@@ -39,6 +40,8 @@ PYTHON
 )
 steps=${plan%% *} folder=${plan#* }
 
+go_on=(--resume auto)
+case " $* " in *" --overwrite "*) go_on=() ;; esac
 for ((step = 0; step < steps; step++)); do
     echo "== $TASK $SETTING, step $step of 0..$((steps - 1))"
     if [ "$step" -eq 0 ]; then
@@ -47,7 +50,7 @@ for ((step = 0; step < steps; step++)); do
         own=(--lr "$LR" --freeze_bn)
     fi
     "${LAUNCH[@]}" train_voc.py "${flags[@]:0:7}" "${own[@]}" "${flags[@]:7}" \
-        --task_step "$step" --resume auto
+        --task_step "$step" "${go_on[@]}"
 done
 
 last=("$folder/step_$((steps - 1))"/checkpoint-epoch*.pth)

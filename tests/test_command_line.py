@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from tests.helpers import PROJECT, error_line, run_script, snapshot, train_flags
 from utils.checkpoint import read_checkpoint
 
 STEP = "overlap_5-3_EIR/step_0"
+CHECKPOINT = "checkpoint-epoch1.pth"
 
 
 class CreatesFile:
@@ -77,6 +79,19 @@ class TestTrainAndEvaluate:
         assert result.returncode == 0
         assert "is finished already" in result.stdout and "--overwrite" in result.stdout
         assert snapshot(trained) == before
+
+    def test_a_step_killed_before_its_evaluation_is_finished_on_resuming(
+        self, trained, voc_root, tmp_path, command
+    ):
+        folder = Path(shutil.copytree(trained, tmp_path / "models" / STEP))
+        written = {name: (folder / name).read_bytes() for name in ("metrics.json", CHECKPOINT)}
+        for name in written:
+            (folder / name).unlink()
+        flags = train_flags(voc_root, tmp_path, epochs=1)
+        assert command("train_voc.py", *flags, "--resume", "auto").returncode == 0
+        assert (folder / "metrics.json").read_bytes() == written["metrics.json"]
+        one, other = (read_checkpoint(f / CHECKPOINT)["state_dict"] for f in (trained, folder))
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
     @pytest.mark.parametrize(
         ("changes", "key"),
@@ -324,9 +339,40 @@ class TestBadCheckpoints:
         assert snapshot(folder) == before
 
     def test_another_architecture_is_named_by_its_first_key(self, trained, voc_root, tmp_path, command):
+        alone = Path(shutil.copy(trained / "last.pth", tmp_path / "alone.pth"))
         flags = train_flags(voc_root, tmp_path, epochs=1, task_name="15-5")
-        line = error_line(command("train_voc.py", *flags, "--resume", trained / "last.pth"))
+        line = error_line(command("train_voc.py", *flags, "--resume", alone))
         assert "another architecture: cls.1.weight is [5, 256, 1, 1] in the file" in line
+
+    def test_resuming_with_other_settings_is_refused(self, trained, voc_root, tmp_path, command):
+        folder = Path(shutil.copytree(trained, tmp_path / "models" / STEP))
+        (folder / "metrics.json").unlink()
+        before = snapshot(folder)
+        flags = train_flags(voc_root, tmp_path, epochs=2, lr=0.5)
+        line = error_line(command("train_voc.py", *flags, "--resume", "auto"))
+        assert "optimizer.args.lr" in line and "trainer.epochs" in line
+        assert snapshot(folder) == before
+
+    def test_resuming_from_elsewhere_replaces_no_unfinished_step(
+        self, trained, voc_root, tmp_path, command
+    ):
+        folder = Path(shutil.copytree(trained, tmp_path / "models" / STEP))
+        (folder / "metrics.json").unlink()
+        before = snapshot(folder)
+        flags = train_flags(voc_root, tmp_path, epochs=1)
+        line = error_line(command("train_voc.py", *flags, "--resume", trained / "last.pth"))
+        assert "an unfinished step of its own" in line
+        assert snapshot(folder) == before
+
+    @pytest.mark.parametrize("name", ["", "..", "a/b"])
+    def test_a_name_that_no_folder_can_have(self, voc_root, tmp_path, command, name):
+        flags = train_flags(voc_root, tmp_path, name=name)
+        assert "--name" in error_line(command("train_voc.py", *flags))
+
+    def test_an_output_folder_that_is_a_file(self, voc_root, tmp_path, command):
+        (tmp_path / "file").write_text("kept")
+        line = error_line(command("train_voc.py", *train_flags(voc_root, tmp_path / "file")))
+        assert "cannot write the log" in line and (tmp_path / "file").read_text() == "kept"
 
     def test_model_without_training_state_cannot_be_resumed(self, trained, voc_root, tmp_path, command):
         state = read_checkpoint(trained / "last.pth")["state_dict"]

@@ -24,7 +24,7 @@ from trainer.evaluate import evaluate, write_metrics
 from trainer.health import Health
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
 from utils.config import METRICS, Config
-from utils.distributed import all_sum, barrier, device, rank, world_size
+from utils.distributed import all_sum, barrier, broadcast, device, rank, world_size
 from utils.errors import UserError
 from utils.logging import EpochRecords, log
 from utils.metrics import format_table
@@ -141,10 +141,11 @@ class Trainer:
             parts = self.train_epoch(loader)
             self.epoch += 1
             record = {"epoch": self.epoch, **parts, "seconds": time.perf_counter() - started}
+            broadcast(self.model.buffers())  # plain BN has statistics of its own in each process
             improved = self._validate(record)
-            self._save(improved)
             if rank() == 0:
                 records.write(record)
+            self._save(improved)
             log.info(_epoch_line(record, settings.epochs))
         self._finish()
 
@@ -240,6 +241,8 @@ class Trainer:
             if self.scaler.is_enabled() and checkpoint["scaler"]:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch = checkpoint["epoch"]
+            if self.epoch > self.config.trainer.epochs:
+                raise ValueError(f"it has had {self.epoch} epochs")
             if not self.config.trainer.reset_best_mnt:
                 self.best, self.stale = checkpoint["best"], checkpoint["stale"]
         except (KeyError, ValueError) as error:
@@ -254,6 +257,7 @@ class Trainer:
         return {
             "format": "eir-1",
             "arch": {"backbone": self.config.arch.args.backbone, "classes": self.model.classes},
+            "order": list(self.data.task.seen(self.data.step)),
             "state_dict": self.model.state_dict(),
             "epoch": self.epoch,
             "optimizer": self.optimizer.state_dict(),
@@ -266,19 +270,18 @@ class Trainer:
 
     def _save(self, improved):
         settings = self.config.trainer
-        if not all(bool(p.isfinite().all()) for p in self.model.parameters()):
+        if not all(bool(value.isfinite().all()) for value in self.model.state_dict().values()):
             raise UserError(
                 f"weights are not finite after epoch {self.epoch}: nothing was saved; the last good "
                 "checkpoint stands (a smaller --lr may help)"
             )
         if rank() == 0:
             content = self.checkpoint()
-            ended = self.epoch == settings.epochs or self._stopped_early()
-            if ended or (settings.save_period > 0 and self.epoch % settings.save_period == 0):
-                save_checkpoint(self.folder / f"checkpoint-epoch{self.epoch}.pth", content)
             if improved:
                 save_checkpoint(self.folder / "model_best.pth", content)
             save_checkpoint(self.folder / "last.pth", content)
+            if settings.save_period > 0 and self.epoch % settings.save_period == 0:
+                save_checkpoint(self._numbered(), content)
         barrier()
 
     def _validate(self, record):
@@ -303,12 +306,18 @@ class Trainer:
     def _stopped_early(self):
         return 0 < self.config.trainer.early_stop <= self.stale
 
+    def _numbered(self):
+        return self.folder / f"checkpoint-epoch{self.epoch}.pth"
+
     def _finish(self):
+        """Keep the final checkpoint, evaluate, and write what marks the step as finished."""
+        if rank() == 0 and not self._numbered().is_file():
+            save_checkpoint(self._numbered(), self.checkpoint())
         metrics = evaluate(self.model, self.data, "test", self.device)
         if rank() == 0:
             write_metrics(self.folder / "metrics.json", metrics)
         log.info("\n" + format_table(metrics, *self.data.groups("test")))
-        log.info(f"\ncheckpoint  {self.folder / f'checkpoint-epoch{self.epoch}.pth'}")
+        log.info(f"\ncheckpoint  {self._numbered()}")
         log.info(f"metrics     {self.folder / 'metrics.json'}")
         log.info(f"log         {self.config.step_dir(kind='log')}")
 
@@ -367,6 +376,29 @@ def parse_monitor(monitor: str) -> tuple[str, str]:
             f"{', '.join(m for m in METRICS)}, with _old, _new or _harmonic"
         )
     return mode, name
+
+
+def check_monitor(config: Config) -> None:
+    """Raise UserError for a monitor that could never be read, or early stopping without one."""
+    settings = config.trainer
+    if settings.monitor == "off":
+        if settings.early_stop > 0:
+            raise UserError("trainer.early_stop needs trainer.monitor, which is off")
+        return
+    _, name = parse_monitor(settings.monitor)
+    if settings.validation_period < 1:
+        raise UserError("trainer.monitor needs validations: set trainer.validation_period to 1 or more")
+    if not any(name.startswith(_monitor_name(metric, "overall")) for metric in config.metrics):
+        raise UserError(f"trainer.monitor is {settings.monitor!r}, which is not among the metrics")
+
+
+def check_order(checkpoint: dict, data: StepData, path: Path) -> None:
+    """Raise UserError if a checkpoint learned other classes, or in another order."""
+    order = checkpoint.get("order")
+    if order is not None and order != list(data.task.order[: len(order)]):
+        raise UserError(
+            f"{path} learned other classes than {data.task.name} has there, or in another order"
+        )
 
 
 def _monitor_name(metric, group):

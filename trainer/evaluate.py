@@ -27,7 +27,9 @@ def confusion_matrix(model: nn.Module, data: StepData, split: str, device: torch
     matrix = ConfusionMatrix(1 + sum(model.classes), device)
     was_training = model.training
     model.eval()
-    with torch.backends.cudnn.flags(deterministic=True, benchmark=False, allow_tf32=False):
+    with torch.backends.cudnn.flags(
+        enabled=True, deterministic=True, benchmark=False, allow_tf32=False
+    ):
         for batch in loader:
             images = normalize(batch["image"].to(device, non_blocking=True))
             label = batch["label"].to(device, non_blocking=True)

@@ -6,7 +6,7 @@ from data_loader.dataset import TrainDataset
 from data_loader.paste import Bank, Composite, PasteAugmentation, pseudo_labels
 from models.deeplabv3 import DeepLabV3, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
-from trainer.base import Batch, Trainer
+from trainer.base import Batch, Trainer, check_order
 from trainer.base_step import trainable
 from utils.checkpoint import load_weights, read_checkpoint
 from utils.logging import log
@@ -20,6 +20,7 @@ class IncrementalStep(Trainer):
     def initialize(self, fresh: bool) -> None:
         """The teacher is the model of step t-1; the student starts from it, with a new classifier."""
         checkpoint = read_checkpoint(self.previous)
+        check_order(checkpoint, self.data, self.previous)
         self.teacher = DeepLabV3(self.data.classes[:-1], self.config.arch.args.backbone)
         load_weights(self.teacher, checkpoint["state_dict"], self.previous)
         self.teacher.eval().requires_grad_(False)

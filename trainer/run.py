@@ -1,13 +1,14 @@
 """One call of an entry point, in one process: train a step, or evaluate a checkpoint."""
 
 import json
+import shutil
 from pathlib import Path
 
 import torch
 
 from data_loader.data_loaders import StepData
 from models.deeplabv3 import DeepLabV3
-from trainer.base import parse_monitor
+from trainer.base import check_monitor, check_order
 from trainer.base_step import BaseStep
 from trainer.evaluate import evaluate, write_metrics
 from trainer.incremental import IncrementalStep
@@ -25,19 +26,19 @@ def train(config: Config, run: Run) -> None:
     folder = config.step_dir()
     if run.test:
         _start_log(config, run, None)
-        checkpoint = Path(run.resume) if run.resume else _finished_checkpoint(folder)
+        named = run.resume and run.resume != "auto"
+        checkpoint = Path(run.resume) if named else _finished_checkpoint(folder)
         _evaluate(config, checkpoint, run.output)
         return
-    if config.trainer.monitor != "off":
-        parse_monitor(config.trainer.monitor)
+    check_monitor(config)
     resume = _where_to_start(config, run)
     if resume == "finished":
         return
     data = StepData(config)
     barrier()
     _start_log(config, run, config.step_dir(kind="log"))
-    if resume:
-        _warn_of_changes(folder, config)
+    if run.overwrite and rank() == 0:
+        shutil.rmtree(folder / "memory", ignore_errors=True)
     if data.step:
         trainer = IncrementalStep(config, data, resume, previous_checkpoint(config, run))
     else:
@@ -58,7 +59,9 @@ def evaluate_checkpoint(config: Config, run: Run) -> None:
 def _evaluate(config, path, output):
     data = StepData(config)
     model = DeepLabV3(data.classes, config.arch.args.backbone)
-    load_weights(model, read_checkpoint(path)["state_dict"], path)
+    checkpoint = read_checkpoint(path)
+    check_order(checkpoint, data, path)
+    load_weights(model, checkpoint["state_dict"], path)
     model.to(device(), memory_format=torch.channels_last)
     metrics = evaluate(model, data, "test", device())
     log.info(format_table(metrics, *data.groups("test")))
@@ -97,9 +100,9 @@ def _where_to_start(config, run):
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
         return "finished"
     if run.resume and run.resume != "auto":
-        return Path(run.resume)
+        return _resume_from(Path(run.resume), folder, config)
     if run.resume and last.is_file():
-        return last
+        return _resume_from(last, folder, config)
     if last.is_file():
         raise UserError(
             f"{folder} holds an unfinished step: --resume auto goes on with it, --overwrite starts anew"
@@ -112,19 +115,32 @@ def _where_to_start(config, run):
     return None
 
 
-def _warn_of_changes(folder, config):
-    """Say which settings a resumed run continues with that it was not started with."""
-    if (folder / "config.json").is_file():
-        changed = differences(load_config(folder / "config.json")[0], config)
+def _resume_from(path, folder, config):
+    """The checkpoint, if it goes on with the same experiment and replaces no other one."""
+    if path.parent.resolve() != folder.resolve() and (folder / "last.pth").is_file():
+        raise UserError(
+            f"{folder} holds an unfinished step of its own: choose another --name to go on from {path}"
+        )
+    if (path.parent / "config.json").is_file():
+        changed = differences(load_config(path.parent / "config.json")[0], config)
+        changed = [key for key in changed if key != "name"]
         if changed:
-            log.warning(f"resuming with other settings than before: {', '.join(changed)}")
+            raise UserError(
+                f"{path} was trained with other settings ({', '.join(changed)}): resume with the same "
+                "ones, or --overwrite trains anew"
+            )
+    return path
 
 
 def _clear(folder):
-    """Remove a step's old output, what marks it as finished first; its memory is drawn the same."""
+    """Remove a step's old output, what marks it as finished first."""
     for pattern in ("metrics.json", "last.pth", "model_best.pth", "checkpoint-epoch*.pth"):
         for path in folder.glob(pattern):
             path.unlink()
+    name, _, step = folder.name.partition("_")
+    later = folder.with_name(f"{name}_{int(step) + 1}")
+    if later.is_dir():
+        log.warning(f"{later} was trained from the step that is trained anew here: --overwrite it too")
 
 
 def previous_checkpoint(config: Config, run: Run) -> Path:

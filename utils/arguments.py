@@ -119,6 +119,8 @@ def _parse_eval(arguments):
     parser.add_argument(
         "-r", "--resume", metavar="PATH", required=not wants_help, help="checkpoint to evaluate"
     )
+    if not given:  # how the training was started is not how this is
+        config.rank, config.world_size, config.dist_url = 0, 1, None
     parser.add_argument("--test", action="store_true", help="accepted; evaluation is all this does")
     parser.add_argument("--output", metavar="FILE", help="write the numbers to this JSON file")
     add_config_flags(parser, config)

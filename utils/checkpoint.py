@@ -1,5 +1,6 @@
 """Checkpoints: atomic writes, safe reads, strict loading."""
 
+import contextlib
 import os
 import re
 from pathlib import Path
@@ -12,18 +13,20 @@ from utils.errors import UserError
 
 def write_atomically(path: Path, write) -> None:
     """Have write(file) fill a temporary file, sync it, and rename it to path."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        if isinstance(error, OSError):
+            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+        raise
 
 
 def save_checkpoint(path: Path, content: dict) -> None:

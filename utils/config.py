@@ -146,7 +146,9 @@ class Paste:
     """Switches of EIR's paste (METHOD 5, 2-5); the defaults are the paper's."""
 
     pastes: int = option(3, "instances pasted into an image, at most", low=1, high=20)
-    cell: int = option(250, "side of a cell in pixels at crop 512, scaled with the crop", low=1)
+    cell: int = option(
+        250, "side of a cell in pixels at crop 512, scaled with the crop", low=1, high=512
+    )
     beta: float = option(1.0, "parameter of the Beta distribution of lambda", low=1e-3)
     lambda_min: float = option(0.0, "lower bound of lambda", low=0, high=1)
     class_combination: bool = option(True, "potential old classes first; off: random classes")
@@ -252,7 +254,7 @@ class Config:
         task = self.task
         run = f"{task.setting}_{task.name}_{self.name}"
         step = task.step if step is None else step
-        return Path(self.trainer.save_dir) / kind / run / f"step_{step}"
+        return Path(self.trainer.save_dir).expanduser() / kind / run / f"step_{step}"
 
     def to_dict(self) -> dict:
         return dataclasses.asdict(self)
@@ -353,6 +355,8 @@ def _check_range(where, value, metadata):
             raise UserError(f"{where} has {wrong[0]!r}; allowed: {', '.join(metadata['each'])}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value}; it must be finite")
+    if where in ("name", "--name") and (not value.strip(".") or "/" in value):
+        raise UserError(f"{where} is {value!r}; it must be a name that a folder can have")
     if low is not None and not value >= low:
         raise UserError(f"{where} is {value}; it must be at least {low}")
     if high is not None and not value <= high:

@@ -7,7 +7,7 @@ started. Without CUDA the group is gloo.
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -20,8 +20,8 @@ from utils.errors import UserError, exit_with
 def launch(worker: Callable, config: Config, *arguments) -> None:
     """Run worker(config, *arguments) in every process of this run; UserError ends it with code 2."""
     gpus = torch.cuda.device_count()
-    if not gpus:
-        print(_why_no_gpu(), file=sys.stderr) if _is_first() else None
+    if not gpus and os.environ.get("RANK", "0") == "0":
+        print(_why_no_gpu(), file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
         _run(None, worker, config, None, *arguments)
     elif config.multiprocessing_distributed and gpus * config.world_size > 1:
@@ -51,6 +51,10 @@ def _run(local_rank, worker, config, url, *arguments):
         worker(config, *arguments)
     except UserError as error:
         exit_with(error, rank() if dist.is_initialized() else None)
+    except RuntimeError as error:
+        if "closed by peer" not in str(error):
+            raise
+        sys.exit(2)  # another process ended, and has said why
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -62,9 +66,13 @@ def _join(config, local_rank, url="env://", process=-1, processes=-1):
         torch.cuda.set_device(local_rank)
     backend = config.dist_backend if cuda else "gloo"
     device = torch.device("cuda", local_rank) if cuda and backend == "nccl" else None
-    dist.init_process_group(
-        backend, init_method=url, rank=process, world_size=processes, device_id=device
-    )
+    try:
+        dist.init_process_group(
+            backend, init_method=url, rank=process, world_size=processes, device_id=device
+        )
+    except (ValueError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"the processes cannot find each other at {url}: {reason}") from None
 
 
 def _why_no_gpu():
@@ -72,10 +80,6 @@ def _why_no_gpu():
     if visible is not None and torch.version.cuda:
         return f"warning: no GPU with CUDA_VISIBLE_DEVICES={visible}: running on the CPU"
     return "warning: CUDA is not available: running on the CPU"
-
-
-def _is_first():
-    return os.environ.get("RANK", "0") == "0"
 
 
 def free_port() -> int:
@@ -117,6 +121,13 @@ def all_max(tensor: torch.Tensor) -> torch.Tensor:
     if dist.is_initialized():
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
     return tensor
+
+
+def broadcast(tensors: Iterable[torch.Tensor]) -> None:
+    """Give all processes the first one's values, in place."""
+    if dist.is_initialized():
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
 
 
 def gather(item) -> list:

@@ -5,6 +5,8 @@ import logging
 import sys
 from pathlib import Path
 
+from utils.errors import UserError
+
 log = logging.getLogger("eir")
 
 
@@ -22,8 +24,11 @@ def set_up_logging(folder: Path | None, verbosity: int = 2, main_process: bool =
     handlers = [logging.StreamHandler(sys.stdout)]
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+        except OSError as error:
+            raise UserError(f"cannot write the log in {folder}: {error.strerror}") from None
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         log.addHandler(handler)

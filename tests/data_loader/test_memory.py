@@ -275,7 +275,9 @@ class TestStore:
             assert len(data.memory(folder, None)) == 6
         assert snapshot(folder) == before
         assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
-        assert len(step_data(voc_root, 1, 4).memory(folder, None)) == 4
+        with pytest.raises(UserError, match=r"drawn with another budget.*--overwrite"):
+            step_data(voc_root, 1, 4).memory(folder, None)
+        assert snapshot(folder) == before
 
     @pytest.mark.parametrize("after", [0, 3])
     def test_an_interrupted_build_leaves_no_half_memory(self, voc_root, tmp_path, monkeypatch, after):

@@ -288,3 +288,19 @@ class TestImageByImage:
             (loss * scale).backward()
             gradients.append(features.grad / scale)
         assert torch.allclose(*gradients, rtol=1e-12)
+
+
+def test_a_loss_scale_saves_the_gradient_of_half_precision_logits():
+    size = (512, 512)
+    base = torch.zeros(size, dtype=torch.uint8)
+    weights = torch.full((1,), 1 / (32 * 512 * 512))
+
+    def gradient(dtype):
+        logits = torch.full((1, 9, 32, 32), -8.0, dtype=dtype, requires_grad=True)
+        loss, _ = sum_over_images(logits, size, lambda _, z: bce_sum(z, base)[None], weights)
+        (65536 * loss).backward()
+        return logits.grad.float()
+
+    exact, half = gradient(torch.float32), gradient(torch.float16)
+    assert (exact != 0).all()
+    torch.testing.assert_close(half, exact, rtol=2e-3, atol=0)

@@ -42,16 +42,19 @@ def test_two_processes_have_the_gradients_loss_and_evaluation_of_one(one, voc_ro
 
 
 def test_training_under_torchrun_reports_what_one_process_evaluates(voc_root, tmp_path):
-    flags = train_flags(voc_root, tmp_path, epochs=1, name="two", num_workers=1)
+    small = {"data_loader": {"args": {"test": {"batch_size": 3}}}}
+    (tmp_path / "config.json").write_text(json.dumps(small))
+    flags = train_flags(voc_root, tmp_path, epochs=6, name="two", num_workers=1, lr=0.05)
+    flags += ["-c", str(tmp_path / "config.json")]
     result = run_script(
         *TWO, free_port(), "train_voc.py", *flags, "--multiprocessing_distributed", "--dist_url"
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("epoch 1/1: ") == 1
+    assert result.stdout.count("epoch 6/6: ") == 1
     assert result.stderr.count("running on the CPU") == 1
     folder = tmp_path / "models" / "overlap_5-3_two" / "step_0"
     again = run_script(
-        "eval_voc.py", "-d", 0, "--test", "-r", folder / "checkpoint-epoch1.pth",
+        "eval_voc.py", "-d", 0, "--test", "-r", folder / "checkpoint-epoch6.pth",
         "--output", tmp_path / "again.json", OMP_NUM_THREADS="2",
     )  # fmt: skip
     assert again.returncode == 0, again.stderr

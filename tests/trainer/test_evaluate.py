@@ -94,3 +94,17 @@ def test_metrics_are_written_to_the_last_digit(tmp_path):
     metrics = {"Pixel_Accuracy": {"overall": 100 / 3, "new": None}}
     write_metrics(tmp_path / "metrics.json", metrics)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+
+
+def test_evaluation_keeps_cudnn_and_leaves_tf32(voc_root, tmp_path):
+    config = small_config(voc_root, tmp_path)
+    data, seen = StepData(config), []
+
+    class Watched(DeepLabV3):
+        def forward(self, images, upsample=True):
+            cudnn = torch.backends.cudnn
+            seen.append((cudnn.enabled, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark))
+            return super().forward(images, upsample)
+
+    evaluate(Watched(data.classes, "tiny"), data, "test", torch.device("cpu"))
+    assert set(seen) == {(True, False, True, False)}

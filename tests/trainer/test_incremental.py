@@ -382,9 +382,14 @@ class TestStart:
         assert len(named) == (kind != "eir")
         assert all(str(tmp_path / "previous.pth") in text for text in named)
 
+    def test_a_model_of_another_class_order_is_refused(self, voc_root, tmp_path, step_0):
+        config = settings(voc_root, tmp_path, task_name="15-1")
+        with pytest.raises(UserError, match="or in another order"):
+            IncrementalStep(config, StepData(config), None, step_0)
+
     def test_a_model_of_other_classes_is_refused(self, voc_root, tmp_path, step_0):
         config = settings(voc_root, tmp_path, task_name="10-1")
-        with pytest.raises(UserError, match=r"another architecture: cls\.1\.weight"):
+        with pytest.raises(UserError, match=r"learned other classes than 10-1 has there"):
             IncrementalStep(config, StepData(config), None, step_0)
 
 
