@@ -7,6 +7,7 @@ import argparse
 import ctypes
 import gc
 import json
+import logging
 import os
 import platform
 import resource
@@ -49,6 +50,7 @@ from utils.checkpoint import save_checkpoint
 from utils.config import Config
 from utils.distributed import device
 from utils.errors import UserError, exit_with
+from utils.logging import log
 from utils.visualize import label_image
 
 
@@ -421,18 +423,105 @@ def _iteration_rows(args, trainer, raw):
     bare = measure("step", f"{kind}: bare networks, {title}", networks, args)
     whole = measure("step", f"{kind}: iteration, data from {args.data}", iteration, args)
     rows = [bare, whole, ratio("step", f"{kind}: iteration / bare networks", whole, bare)]
-    rows.append(measure("step", "  batch to the device", lambda: trainer.to_device(raw), args))
-    rows.append(measure("step", "  next batch of the loader", lambda: next(batches), args))
     if trainer.data.step:
-        logits = trainer.teach(images)
-        labels = pseudo_labels(pieces[0].labels, logits, 0.7)
-        works = {
-            "  teacher, one forward": lambda: trainer.teach(images),
-            "  pseudo labels": lambda: pseudo_labels(pieces[0].labels, logits, 0.7),
-            "  paste": lambda: trainer.compose(pieces[0], labels),
-        }
-        rows += [measure("step", name, work, args) for name, work in works.items()]
-    return rows
+        slow = measure("step", f"{kind}: image by image", _plain_iteration(trainer, raw), args)
+        rows += [slow, ratio("step", f"{kind}: image by image / iteration", slow, whole)]
+    works = {
+        "  next batch of the loader": lambda: next(batches),
+        "  batch to the device": lambda: trainer.to_device(raw),
+        **_pieces(trainer, pieces[0]),
+    }
+    return rows + [measure("step", name, work, args) for name, work in works.items()]
+
+
+def _pieces(trainer, batch):
+    """The parts of an iteration, one by one."""
+    images, size = batch.images, batch.images.shape[-2:]
+
+    def student():
+        with trainer.autocast():
+            trainer.net(images, upsample=False).float().square().mean().backward()
+
+    student()
+    works = {"  student, forward and backward": student, "  optimiser": trainer.optimizer.step}
+    with torch.no_grad(), trainer.autocast():
+        fixed = trainer.net(images, upsample=False)
+    fixed.requires_grad_()
+
+    def bce(base, composite=None):
+        def parts_of(i, z):
+            pastes = (composite.classes[i], composite.weights[i]) if composite else ()
+            return bce_sum(z, base[i], *pastes)[None]
+
+        scale = trainer.normalizer(batch).expand(1)
+        return lambda: sum_over_images(fixed, size, parts_of, scale)[0].backward()
+
+    if not trainer.data.step:
+        return {**works, "  loss with gradient": bce(batch.labels)}
+    logits = trainer.teach(images)
+    labels = pseudo_labels(batch.labels, logits, 0.7)
+    composite = trainer.compose(batch, labels)
+
+    def both():
+        def parts_of(i, z):
+            known = upsample_logits(logits[i : i + 1].to(z.dtype), size)[0]
+            weights = composite.weights[i]
+            bce = bce_sum(z, labels[i], composite.classes[i], weights)
+            covered = weights.sum(dim=0) > 0
+            return torch.stack([bce, distillation_sum(z, known, batch.labels[i], covered)])
+
+        scale = trainer.normalizer(batch).expand(2)
+        sum_over_images(fixed, size, parts_of, scale)[0].backward()
+
+    return {
+        **works,
+        "  teacher, one of two forwards": lambda: trainer.teach(images),
+        "  pseudo labels": lambda: pseudo_labels(batch.labels, logits, 0.7),
+        "  paste": lambda: trainer.compose(batch, labels),
+        "  losses with gradient": both,
+    }
+
+
+def _plain_iteration(trainer, raw):
+    """An iteration that reads and pastes each instance image by image, with one-hot targets."""
+    settings = trainer.config.hyperparameter.paste
+    channels = 1 + sum(trainer.teacher.classes)
+    total = 1 + sum(trainer.model.classes)
+    table = trainer.data.task.label_table(trainer.data.step - 1, "test")
+
+    def iteration():
+        (batch,) = trainer.to_device(raw)
+        size = batch.images.shape[-2:]
+        labels = pseudo_labels(batch.labels, trainer.teach(batch.images), 0.7)
+        stored = Memory(trainer.folder / "memory", table)
+        numbers = trainer.paste.numbers.split(batch.numbers.cpu())
+        on_cpu = [t.cpu() for t in (batch.images, batch.labels, labels)]
+        done = plain_paste(
+            settings, size[0], stored, channels, total, *on_cpu, numbers, batch.replayed.cpu()
+        )
+        images = torch.stack([d.image for d in done]).to(trainer.device)
+        soft = torch.stack([d.soft for d in done]).to(trainer.device, torch.float32)
+        masks = [[mask for _, _, mask in d.pastes] or [torch.zeros(size) > 0] for d in done]
+        covered = torch.stack([torch.stack(m).any(dim=0) for m in masks]).to(trainer.device)
+        known = upsample_logits(trainer.teach(images).float(), size)
+        with trainer.autocast():
+            logits = trainer.net(images, upsample=False)
+        full = upsample_logits(logits.float(), size)
+        kd = reference.distillation(full, known, batch.labels, covered, "rskd")
+        bce = reference.bce(full, soft, batch.labels)
+        ((bce + 5 * kd).sum() / batch.valid).backward()
+        trainer.optimizer.step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+    return iteration
+
+
+def _endless(trainer, args):
+    """Batches of the real loader, epoch after epoch."""
+    loader = make_loader(trainer.dataset, trainer.batches, args.num_workers, True)
+    while True:
+        yield from loader
+        trainer.batches.epoch += 1
 
 
 def scaling(args: argparse.Namespace) -> list[Row]:
@@ -489,14 +578,6 @@ def _draw_scaling(axes, rows, args):
     panels[0].set_ylabel("one iteration, ms")
     figure.suptitle(f"Incremental step, {args.backbone}, batch {args.batch}, crop {args.crop}")
     figure.savefig(args.figure, dpi=100, bbox_inches="tight")
-
-
-def _endless(trainer, args):
-    """Batches of the real loader, epoch after epoch."""
-    loader = make_loader(trainer.dataset, trainer.batches, args.num_workers, True)
-    while True:
-        yield from loader
-        trainer.batches.epoch += 1
 
 
 @contextmanager
@@ -597,6 +678,7 @@ def main(argv: list[str] | None = None) -> int:
     for flag, (default, text) in FLAGS.items():
         parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
     args = parser.parse_args(argv)
+    log.setLevel(logging.ERROR)
     about = environment()
     print("\n".join(f"{key:<12} {value}" for key, value in about.items()) + "\n")
     try:

@@ -6,7 +6,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 export PYTHON CONFIG=configs/config_synthetic.json
-export BS=16 EPOCH=12 INIT_LR=0.03 LR=0.01 MEMORY_SIZE=60
+export BS=16 EPOCH=16 INIT_LR=0.03 LR=0.01 MEMORY_SIZE=60
 DATA=data/synthetic
 RUN=_saved_synthetic/models/overlap_10-5_EIR
 

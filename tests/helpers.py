@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from utils.config import FLAGS, Config
+from utils.config import Config
+from utils.flags import FLAGS
 
 PROJECT = Path(__file__).resolve().parents[1]
 FACTS = PROJECT.parent / "shared" / "facts"

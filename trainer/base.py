@@ -6,7 +6,6 @@ A kind of step is a subclass that says how it starts (`initialize`), what is opt
 
 import contextlib
 import random
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,15 +14,16 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 from data_loader.data_loaders import StepData, TrainBatches, make_loader
 from data_loader.dataset import TrainDataset, normalize
 from models.deeplabv3 import DeepLabV3, freeze_bn
 from trainer.evaluate import evaluate, write_metrics
 from trainer.health import Health
+from trainer.monitor import monitor_name, parse_monitor
+from trainer.progress import Progress
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
-from utils.config import METRICS, Config
+from utils.config import Config
 from utils.distributed import all_sum, barrier, broadcast, device, rank, world_size
 from utils.errors import UserError
 from utils.logging import EpochRecords, log
@@ -157,7 +157,7 @@ class Trainer:
         if self.config.arch.args.freeze_all_bn:
             freeze_bn(self.model)
         health = Health(self.loss_parts, self.device, self.data.step)
-        with _Progress(self, len(self.batches)) as progress:
+        with Progress(self, len(self.batches)) as progress:
             for iteration, raw in enumerate(loader):
                 self.train_iteration(raw, health)
                 progress.step(iteration, len(raw["id"]), health)
@@ -292,7 +292,7 @@ class Trainer:
         metrics = evaluate(self.model, self.data, "val", self.device)
         for metric in self.config.metrics:
             for group in ("overall", "old", "new", "harmonic"):
-                record[_monitor_name(metric, group)] = metrics[metric][group]
+                record[monitor_name(metric, group)] = metrics[metric][group]
         if settings.monitor == "off":
             return False
         mode, name = parse_monitor(settings.monitor)
@@ -322,74 +322,12 @@ class Trainer:
         log.info(f"log         {self.config.step_dir(kind='log')}")
 
 
-class _Progress:
-    """Progress within an epoch: a bar on a terminal, else a line every log_interval iterations."""
-
-    def __init__(self, trainer: Trainer, iterations: int):
-        self.trainer, self.iterations = trainer, iterations
-        shown = rank() == 0 and trainer.config.trainer.verbosity == 2
-        self.lines = shown and not sys.stderr.isatty()
-        self.title = f"epoch {trainer.epoch + 1}/{trainer.config.trainer.epochs}"
-        self.bar = tqdm(total=iterations, desc=self.title, disable=not shown or self.lines, leave=False)
-        self.images, self.started = 0, time.perf_counter()
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.bar.close()
-
-    def step(self, iteration: int, images: int, health: Health) -> None:
-        self.images += images * world_size()
-        self.bar.update()
-        last = iteration == self.iterations - 1
-        if not last and (iteration + 1) % self.trainer.config.trainer.log_interval:
-            return
-        loss = health.check(self.trainer.epoch)["loss"]
-        lr = self.trainer.scheduler.get_last_lr()[0]
-        speed = self.images / (time.perf_counter() - self.started)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:.1f} images/s")
-        if self.lines:
-            log.info(
-                f"{self.title} iteration {iteration + 1}/{self.iterations}: "
-                f"loss {loss:.4f}, lr {lr:.2e}, {speed:.1f} images/s"
-            )
-
-
 def seed_everything(seed: int, epoch: int, process: int = 0) -> None:
     """Seed every library for an epoch, so that a resumed run needs no generator states."""
     value = int(np.random.SeedSequence((seed, epoch, process)).generate_state(1)[0])
     random.seed(value)
     np.random.seed(value)
     torch.manual_seed(value)
-
-
-def parse_monitor(monitor: str) -> tuple[str, str]:
-    """('max' or 'min', key of the epoch record), from the family's 'max val_<metric>[_<group>]'."""
-    mode, _, name = monitor.partition(" ")
-    name = name if name.startswith("val_") else f"val_{name}"
-    groups = ("overall", "old", "new", "harmonic")
-    names = {_monitor_name(m, g) for m in METRICS for g in groups}
-    if mode not in ("max", "min") or name not in names:
-        raise UserError(
-            f"trainer.monitor is {monitor!r}; allowed: off, or max or min and one of "
-            f"{', '.join(m for m in METRICS)}, with _old, _new or _harmonic"
-        )
-    return mode, name
-
-
-def check_monitor(config: Config) -> None:
-    """Raise UserError for a monitor that could never be read, or early stopping without one."""
-    settings = config.trainer
-    if settings.monitor == "off":
-        if settings.early_stop > 0:
-            raise UserError("trainer.early_stop needs trainer.monitor, which is off")
-        return
-    _, name = parse_monitor(settings.monitor)
-    if settings.validation_period < 1:
-        raise UserError("trainer.monitor needs validations: set trainer.validation_period to 1 or more")
-    if not any(name.startswith(_monitor_name(metric, "overall")) for metric in config.metrics):
-        raise UserError(f"trainer.monitor is {settings.monitor!r}, which is not among the metrics")
 
 
 def check_order(checkpoint: dict, data: StepData, path: Path) -> None:
@@ -399,10 +337,6 @@ def check_order(checkpoint: dict, data: StepData, path: Path) -> None:
         raise UserError(
             f"{path} learned other classes than {data.task.name} has there, or in another order"
         )
-
-
-def _monitor_name(metric, group):
-    return f"val_{metric}" if group == "overall" else f"val_{metric}_{group}"
 
 
 def _epoch_line(record, epochs):

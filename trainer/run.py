@@ -8,13 +8,15 @@ import torch
 
 from data_loader.data_loaders import StepData
 from models.deeplabv3 import DeepLabV3
-from trainer.base import check_monitor, check_order
+from trainer.base import check_order
 from trainer.base_step import BaseStep
 from trainer.evaluate import evaluate, write_metrics
 from trainer.incremental import IncrementalStep
+from trainer.monitor import check_monitor
 from utils.arguments import Run
 from utils.checkpoint import final_checkpoint, load_weights, read_checkpoint, write_atomically
-from utils.config import Config, differences, load_config
+from utils.config import Config
+from utils.config_file import differences, load_config
 from utils.distributed import barrier, device, rank
 from utils.errors import UserError
 from utils.logging import log, set_up_logging

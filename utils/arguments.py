@@ -6,8 +6,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.config import Config, add_config_flags, apply_flags, load_config
+from utils.config import Config
+from utils.config_file import load_config
 from utils.errors import UserError, exit_with
+from utils.flags import add_config_flags, apply_flags
 
 DEFAULT_CONFIG = Path(__file__).resolve().parents[1] / "configs" / "config_voc.json"
 

@@ -11,6 +11,7 @@ from tests.helpers import small_config, snapshot
 from trainer import base_step
 from trainer.base_step import BaseStep
 from trainer.health import Health
+from trainer.monitor import check_monitor
 from trainer.run import train
 from utils.arguments import Run
 from utils.checkpoint import final_checkpoint, read_checkpoint
@@ -374,3 +375,24 @@ class TestLossThatIsNotFinite:
             trainer.fit()
         assert read_checkpoint(config.step_dir() / "last.pth")["epoch"] == 1
         assert not (config.step_dir() / "checkpoint-epoch2.pth").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer__early_stop": 2}, "early_stop needs trainer.monitor"),
+        ({"trainer__monitor": "max Pixel_Accuracy"}, "needs validations"),
+        ({"trainer__monitor": "best"}, "allowed: off, or max or min"),
+        (
+            {
+                "trainer__monitor": "max Pixel_Accuracy_Class",
+                "trainer__validation_period": 1,
+                "metrics": ["Pixel_Accuracy"],
+            },
+            "allowed: off, or max or min",
+        ),
+    ],
+)
+def test_a_monitor_that_could_never_work_is_refused(voc_root, tmp_path, changes, message):
+    with pytest.raises(UserError, match=message):
+        check_monitor(small_config(voc_root, tmp_path, **changes))

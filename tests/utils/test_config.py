@@ -7,16 +7,10 @@ import pytest
 
 from tests.helpers import PROJECT
 from utils.arguments import parse_train
-from utils.config import (
-    FLAGS,
-    IGNORED,
-    Config,
-    add_config_flags,
-    apply_flags,
-    differences,
-    load_config,
-)
+from utils.config import Config
+from utils.config_file import IGNORED, differences, load_config
 from utils.errors import UserError
+from utils.flags import FLAGS, add_config_flags, apply_flags
 
 
 def write(tmp_path, content):
