@@ -148,10 +148,11 @@ class StepData:
             return self._dataset(split, whole), 1
         return self._dataset(split, EvalTransform(_crop(settings))), settings.batch_size
 
-    def memory(self, folder: Path, previous: Path | None) -> Memory | None:
+    def memory(self, folder: Path, previous: Path | None, redraw: bool = False) -> Memory | None:
         """The memory of this step, drawn into `folder` unless it is there; None without replay.
 
-        previous: folder of the memory of step t-1. The first process draws, the others read.
+        previous: folder of the memory of step t-1. redraw: replace a memory that is there. The first
+        process draws, the others read.
         """
         settings = self.config.memory
         if settings.replay == "none" or settings.mem_size == 0:
@@ -167,7 +168,7 @@ class StepData:
         source = Source(self.lists["train"], self._index("train"), chosen, visible, previous)
         kind = "image" if settings.replay == "image" else "instance"
         if rank() == 0:
-            build_memory(folder, source, old, kind, settings.mem_size, self.seed)
+            build_memory(folder, source, old, kind, settings.mem_size, self.seed, redraw)
         barrier()
         memory = Memory(folder, self.task.label_table(before, "test"))
         if not len(memory):

@@ -131,16 +131,22 @@ class Source:
 
 
 def build_memory(
-    folder: Path, source: Source, old_classes: tuple[int, ...], kind: str, budget: int, seed: int
+    folder: Path,
+    source: Source,
+    old_classes: tuple[int, ...],
+    kind: str,
+    budget: int,
+    seed: int,
+    redraw: bool = False,
 ) -> None:
-    """Draw and store a memory in `folder`, unless the same one is there already.
+    """Draw and store a memory in `folder`, unless the same one is there already (or redraw).
 
     kind: "instance" (crops without background) or "image" (whole images). The folder appears whole
     or not at all. Raises UserError where it holds another memory, or the previous memory is of
     another kind or damaged.
     """
     settings = {"kind": kind, "budget": budget, "seed": seed, "classes": list(old_classes)}
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and not redraw:
         manifest = read_manifest(folder)
         changed = [key for key, value in settings.items() if manifest.get(key) != value]
         if not changed:

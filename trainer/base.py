@@ -57,9 +57,13 @@ class Trainer:
         data: StepData,
         resume: Path | None = None,
         previous: Path | None = None,
+        overwrite: bool = False,
     ):
-        """resume: checkpoint of this step to go on from; previous: final one of the step before."""
-        self.config, self.data, self.previous = config, data, previous
+        """resume: checkpoint of this step to go on from; previous: final one of the step before.
+
+        overwrite: draw the step's memory anew where there is one.
+        """
+        self.config, self.data, self.previous, self.overwrite = config, data, previous, overwrite
         self.device = device()
         self.folder = config.step_dir()
         self.epoch, self.best, self.stale = 0, None, 0
@@ -133,7 +137,7 @@ class Trainer:
         if rank() == 0:
             records.keep_until(self.epoch)
         log.info(
-            f"{len(self.data.training())} training images, {len(self.dataset)} samples with replay, "
+            f"{len(self.dataset.images)} training images, {len(self.dataset)} samples with replay, "
             f"{len(self.batches)} iterations an epoch, {settings.epochs} epochs"
         )
         while self.epoch < settings.epochs and not self._stopped_early():

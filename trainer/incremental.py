@@ -44,7 +44,8 @@ class IncrementalStep(Trainer):
 
     def training_set(self) -> TrainDataset:
         """Images of this step, then the entries of the memory; sets the paste up."""
-        memory = self.data.memory(self.folder / "memory", self.previous.parent / "memory")
+        folders = self.folder / "memory", self.previous.parent / "memory"
+        memory = self.data.memory(*folders, redraw=self.overwrite)
         self.paste = None
         if memory and self.config.data.memory.replay == "eir":
             bank = Bank.pack(memory, 1 + sum(self.teacher.classes), self.device)

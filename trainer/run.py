@@ -1,7 +1,6 @@
 """One call of an entry point, in one process: train a step, or evaluate a checkpoint."""
 
 import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -39,12 +38,9 @@ def train(config: Config, run: Run) -> None:
     data = StepData(config)
     barrier()
     _start_log(config, run, config.step_dir(kind="log"))
-    if run.overwrite and rank() == 0:
-        shutil.rmtree(folder / "memory", ignore_errors=True)
-    if data.step:
-        trainer = IncrementalStep(config, data, resume, previous_checkpoint(config, run))
-    else:
-        trainer = BaseStep(config, data, resume)
+    previous = previous_checkpoint(config, run) if data.step else None
+    kind = IncrementalStep if data.step else BaseStep
+    trainer = kind(config, data, resume, previous, run.overwrite)
     if rank() == 0:
         if not resume:
             _clear(folder)

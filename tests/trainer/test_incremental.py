@@ -664,3 +664,19 @@ class TestSameWeights:
             for folder in (uninterrupted, config.step_dir())
         )
         assert not same_state(a, b)
+
+
+def test_overwriting_draws_the_memory_anew_and_a_refusal_loses_nothing(
+    voc_root, tmp_path, step_0, command
+):
+    flags = train_flags(voc_root, tmp_path, task_name="15-1_b", task_step=1, epochs=1, mem_size=6)
+    flags += ["--freeze_bn", "--prev_checkpoint", str(step_0)]
+    assert command("train_voc.py", *flags).returncode == 0
+    folder = tmp_path / "models" / "overlap_15-1_b_EIR" / "step_1"
+    before = snapshot(folder)
+    error_line(command("train_voc.py", *flags[:-1], tmp_path / "none.pth", "--overwrite"))
+    error_line(command("train_voc.py", *flags, "--mem_size", "4", "--resume", "auto"))
+    assert snapshot(folder) == before
+    again = command("train_voc.py", *flags, "--mem_size", "4", "--overwrite")
+    assert again.returncode == 0
+    assert len(read_manifest(folder / "memory")["entries"]) == 4
