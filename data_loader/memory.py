@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 
 from data_loader.tasks import CLASS_NAMES
 from data_loader.voc import ImageList, LabelIndex, read_image, read_label
@@ -76,14 +77,9 @@ class Memory:
         canvas[rows, columns] = label
         image = np.empty((*entry.canvas, 3), dtype=np.uint8)
         image[:] = FILL
-        image[rows, columns] = self.filled(i)
+        shown = label[..., None] > 0 if self.instances else True
+        image[rows, columns] = np.where(shown, self.images[i], np.uint8(FILL))
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(canvas)
-
-    def filled(self, i: int) -> np.ndarray:
-        """Crop uint8 [h, w, 3] of entry i, with the mean colour where it shows no class."""
-        if not self.instances:
-            return self.images[i]
-        return np.where(self.labels[i][..., None] > 0, self.images[i], np.uint8(FILL))
 
 
 def read_manifest(folder: Path) -> dict:
@@ -244,11 +240,10 @@ def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:
     canvas = list(label.shape)
     keep = np.isin(label, classes)
     if kind == "instance":
-        rows, columns = np.flatnonzero(keep.any(axis=1)), np.flatnonzero(keep.any(axis=0))
-        box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+        box = bounding_box(keep)
         label, keep = label[box] * keep[box], keep[box]
         image = image[box] * keep[..., None]
-        top, left = int(rows[0]), int(columns[0])
+        top, left = box[0].start, box[1].start
     else:
         label = np.where(keep | (label == 255), label, 0).astype(np.uint8)
         top, left = 0, 0
@@ -261,6 +256,11 @@ def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:
     return Entry(
         files.ids[i], drawn_for, list(classes), top, left, height, width, canvas, file, digests
     )
+
+
+def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
+    """Rows and columns of the smallest box around the true pixels of a mask [H, W]; there are some."""
+    return ndimage.find_objects(mask.astype(np.uint8))[0]
 
 
 def _carry(folder, name, previous, entry, drawn_for) -> Entry:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from data_loader.dataset import normalize
-from data_loader.memory import FILL, Memory
+from data_loader.memory import FILL, Memory, bounding_box
 from data_loader.tasks import NUM_CLASSES, VOID
 from utils.config import Paste
 
@@ -59,8 +59,7 @@ def _region(memory, i):
     normalisation, with which bilinear resampling mixes at the region's border.
     """
     mask = memory.labels[i] == memory.drawn_for[i]
-    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    box = bounding_box(mask)
     colour = np.where(mask[box][..., None], memory.images[i][box], np.uint8(FILL))
     return colour, mask[box]
 

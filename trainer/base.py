@@ -18,11 +18,11 @@ from torch.nn.parallel import DistributedDataParallel
 from data_loader.data_loaders import StepData, TrainBatches, make_loader
 from data_loader.dataset import TrainDataset, normalize
 from models.deeplabv3 import DeepLabV3, freeze_bn
-from trainer.evaluate import evaluate, write_metrics
+from trainer.evaluate import evaluate
 from trainer.health import Health
 from trainer.monitor import monitor_name, parse_monitor
 from trainer.progress import Progress
-from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint
+from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint, write_json
 from utils.config import Config
 from utils.distributed import all_sum, barrier, broadcast, device, rank, world_size
 from utils.errors import UserError
@@ -86,19 +86,7 @@ class Trainer:
         )
         self._prepare_bn()
         self.net = self._parallel()
-        args = config.optimizer.args
-        self.optimizer = torch.optim.SGD(
-            self.parameter_groups(),
-            lr=args.lr,
-            momentum=args.momentum,
-            nesterov=args.nesterov and args.momentum > 0,
-            weight_decay=args.weight_decay,
-            fused=True,
-        )
-        if args.momentum > 0:  # a fused first step that is gated would leave its buffers unset
-            for group in self.optimizer.param_groups:
-                for p in group["params"]:
-                    self.optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        self.optimizer = self._make_optimizer()
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(
             self.optimizer,
             config.trainer.epochs * len(self.batches),
@@ -229,6 +217,22 @@ class Trainer:
         ids = [self.device.index] if self.device.type == "cuda" else None
         return DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
 
+    def _make_optimizer(self):
+        args = self.config.optimizer.args
+        optimizer = torch.optim.SGD(
+            self.parameter_groups(),
+            lr=args.lr,
+            momentum=args.momentum,
+            nesterov=args.nesterov and args.momentum > 0,
+            weight_decay=args.weight_decay,
+            fused=True,
+        )
+        if args.momentum > 0:  # a fused first step that is gated would leave its buffers unset
+            for group in optimizer.param_groups:
+                for p in group["params"]:
+                    optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+        return optimizer
+
     def _amp_dtype(self):
         if not self.config.use_amp or self.device.type != "cuda":
             return torch.float32
@@ -319,7 +323,7 @@ class Trainer:
             save_checkpoint(self._numbered(), self.checkpoint())
         metrics = evaluate(self.model, self.data, "test", self.device)
         if rank() == 0:
-            write_metrics(self.folder / "metrics.json", metrics)
+            write_json(self.folder / "metrics.json", metrics)
         log.info("\n" + format_table(metrics, *self.data.groups("test")))
         log.info(f"\ncheckpoint  {self._numbered()}")
         log.info(f"metrics     {self.folder / 'metrics.json'}")

@@ -1,15 +1,11 @@
 """Evaluation: one confusion matrix, each image counted once, in float32."""
 
-import json
-from pathlib import Path
-
 import torch
 from torch import nn
 
 from data_loader.data_loaders import EvalBatches, StepData, make_loader
 from data_loader.dataset import normalize
 from models.deeplabv3 import predict
-from utils.checkpoint import write_atomically
 from utils.distributed import all_sum, rank, world_size
 from utils.metrics import ConfusionMatrix, compute_metrics
 
@@ -42,9 +38,3 @@ def evaluate(model: nn.Module, data: StepData, split: str, device: torch.device)
     """Metrics of a split (utils.metrics.compute_metrics), equal in every process."""
     counts = confusion_matrix(model, data, split, device)
     return compute_metrics(counts, data.class_names, *data.groups(split))
-
-
-def write_metrics(path: Path, metrics: dict) -> None:
-    """metrics.json: the metrics as they are, to the last digit."""
-    text = json.dumps(metrics, indent=2) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,6 +1,5 @@
 """One call of an entry point, in one process: train a step, or evaluate a checkpoint."""
 
-import json
 from pathlib import Path
 
 import torch
@@ -9,14 +8,14 @@ from data_loader.data_loaders import StepData
 from models.deeplabv3 import DeepLabV3
 from trainer.base import check_order
 from trainer.base_step import BaseStep
-from trainer.evaluate import evaluate, write_metrics
+from trainer.evaluate import evaluate
 from trainer.incremental import IncrementalStep
 from trainer.monitor import check_monitor
 from utils.arguments import Run
-from utils.checkpoint import final_checkpoint, load_weights, read_checkpoint, write_atomically
+from utils.checkpoint import final_checkpoint, load_weights, read_checkpoint, write_json
 from utils.config import Config
 from utils.config_file import differences, load_config
-from utils.distributed import barrier, device, rank
+from utils.distributed import device, rank
 from utils.errors import UserError
 from utils.logging import log, set_up_logging
 from utils.metrics import format_table
@@ -35,8 +34,7 @@ def train(config: Config, run: Run) -> None:
     resume = _where_to_start(config, run)
     if resume == "finished":
         return
-    data = StepData(config)
-    barrier()
+    data = StepData(config)  # in its barrier, all processes have seen what was there
     _start_log(config, run, config.step_dir(kind="log"))
     previous = previous_checkpoint(config, run) if data.step else None
     kind = IncrementalStep if data.step else BaseStep
@@ -44,7 +42,7 @@ def train(config: Config, run: Run) -> None:
     if rank() == 0:
         if not resume:
             _clear(folder)
-        write_config(folder / "config.json", config)
+        write_json(folder / "config.json", config.to_dict())
     trainer.fit()
 
 
@@ -64,7 +62,7 @@ def _evaluate(config, path, output):
     metrics = evaluate(model, data, "test", device())
     log.info(format_table(metrics, *data.groups("test")))
     if output and rank() == 0:
-        write_metrics(Path(output), metrics)
+        write_json(Path(output), metrics)
         log.info(f"\nmetrics     {output}")
 
 
@@ -154,9 +152,3 @@ def previous_checkpoint(config: Config, run: Run) -> Path:
             "its model with --prev_checkpoint FILE"
         )
     return path
-
-
-def write_config(path: Path, config: Config) -> None:
-    """config.json beside the checkpoints: the whole configuration as it was used."""
-    text = json.dumps(config.to_dict(), indent=4) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))

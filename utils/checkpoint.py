@@ -1,6 +1,7 @@
 """Checkpoints: atomic writes, safe reads, strict loading."""
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
@@ -32,6 +33,12 @@ def write_atomically(path: Path, write) -> None:
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a checkpoint so that path holds the old one or the whole new one."""
     write_atomically(path, lambda file: torch.save(content, file))
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, whole or not at all; numbers to their last digit."""
+    text = json.dumps(content, indent=2) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def read_file(path: str | Path, what: str = "checkpoint") -> dict:

@@ -84,11 +84,8 @@ def apply_flags(config: Config, arguments: argparse.Namespace) -> None:
         hint, metadata = _declared(paths[0])
         value = check(flags[0], _parse(flags[0], text, hint), hint, metadata)
         for path in paths:
-            *parents, leaf = path.split(".")
-            target = config
-            for name in parents:
-                target = getattr(target, name)
-            setattr(target, leaf, value)
+            parent, _, leaf = path.rpartition(".")
+            setattr(_get(config, parent), leaf, value)
 
 
 def _parse(flag, text, hint):
@@ -119,6 +116,7 @@ def _declared(path):
 
 
 def _get(config, path):
-    for name in path.split("."):
+    """The option or section at a dotted path; the configuration itself for an empty one."""
+    for name in filter(None, path.split(".")):
         config = getattr(config, name)
     return config

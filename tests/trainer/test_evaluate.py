@@ -11,7 +11,8 @@ from data_loader.data_loaders import StepData
 from data_loader.dataset import normalize
 from models import DeepLabV3
 from tests.helpers import small_config
-from trainer.evaluate import confusion_matrix, evaluate, write_metrics
+from trainer.evaluate import confusion_matrix, evaluate
+from utils.checkpoint import write_json
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -92,7 +93,7 @@ def test_the_model_is_left_as_it_was(voc_root, tmp_path, model, training):
 
 def test_metrics_are_written_to_the_last_digit(tmp_path):
     metrics = {"Pixel_Accuracy": {"overall": 100 / 3, "new": None}}
-    write_metrics(tmp_path / "metrics.json", metrics)
+    write_json(tmp_path / "metrics.json", metrics)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
 
 
