@@ -123,11 +123,17 @@ def cell_size(settings: Paste, crop_size: int) -> int:
     return max(1, settings.cell * crop_size // 512)
 
 
-def pseudo_labels(labels: torch.Tensor, teacher: torch.Tensor, threshold: float) -> torch.Tensor:
+def pseudo_labels(
+    labels: torch.Tensor,
+    teacher: torch.Tensor,
+    threshold: float,
+    ignore_thresh: float | None = None,
+) -> torch.Tensor:
     """Labels uint8 [N, H, W] in which background takes the teacher's confident classes.
 
     teacher: logits [N, S, h, w] at stride 16. A background pixel takes the arg max channel of the
-    sigmoid scores if that is foreground and its score reaches the threshold (METHOD 5, 1).
+    sigmoid scores if that is foreground and its score reaches the threshold (METHOD 5, 1). With
+    ignore_thresh, other background pixels whose best foreground score reaches it become void.
     Goes image by image, so that full-size logits of the batch never exist together.
     """
     filled = torch.empty_like(labels)
@@ -137,6 +143,10 @@ def pseudo_labels(labels: torch.Tensor, teacher: torch.Tensor, threshold: float)
         best, channel = logits[0].max(dim=0)
         confident = (label == 0) & (channel > 0) & (best.sigmoid() >= threshold)
         filled[i] = torch.where(confident, channel.to(labels.dtype), label)
+        if ignore_thresh is not None:
+            score = logits[0, 1:].amax(dim=0).sigmoid()
+            doubtful = (label == 0) & ~confident & (score >= ignore_thresh)
+            filled[i].masked_fill_(doubtful, VOID)
     return filled
 
 

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import platform
-import resource
 import shutil
 import statistics
 import sys
@@ -48,7 +47,7 @@ from trainer.health import Health
 from trainer.incremental import IncrementalStep
 from utils.checkpoint import save_checkpoint
 from utils.config import Config
-from utils.distributed import device
+from utils.distributed import device, peak_memory
 from utils.errors import UserError, exit_with
 from utils.logging import log
 from utils.visualize import label_image
@@ -85,7 +84,7 @@ def measure(
     for _ in range(max(1, args.warmup)):
         before()
         work()
-    peak = _peak() - taken
+    peak = peak_memory() - taken
     factor = {"s": 1, "ms": 1000}[unit] / items
     times = []
     for _ in range(args.repeats):
@@ -124,17 +123,7 @@ def _reset_peak():
         gc.collect()
         ctypes.CDLL(None).malloc_trim(0)  # freed memory back to the system
         Path("/proc/self/clear_refs").write_text("5")
-    return _peak()
-
-
-def _peak():
-    """Peak memory in MiB since the reset: of the device on CUDA, else of this process (no workers)."""
-    if device().type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return peak_memory()
 
 
 # Data of a known size.

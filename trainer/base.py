@@ -24,7 +24,7 @@ from trainer.monitor import monitor_name, parse_monitor
 from trainer.progress import Progress
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint, write_json
 from utils.config import Config
-from utils.distributed import all_sum, barrier, broadcast, device, rank, world_size
+from utils.distributed import all_sum, barrier, broadcast, device, peak_memory, rank, world_size
 from utils.errors import UserError
 from utils.logging import EpochRecords, log
 from utils.metrics import format_table
@@ -132,7 +132,8 @@ class Trainer:
             started = time.perf_counter()
             parts = self.train_epoch(loader)
             self.epoch += 1
-            record = {"epoch": self.epoch, **parts, "seconds": time.perf_counter() - started}
+            seconds = time.perf_counter() - started
+            record = {"epoch": self.epoch, **parts, "seconds": seconds, "peak_mib": peak_memory()}
             broadcast(self.model.buffers())  # plain BN has statistics of its own in each process
             improved = self._validate(record)
             if rank() == 0:

@@ -69,7 +69,9 @@ class IncrementalStep(Trainer):
         labels, teacher_logits = batch.labels, None
         if settings.pseudo_labels:
             teacher_logits = self.teach(batch.images)
-            labels = pseudo_labels(batch.labels, teacher_logits, settings.pseudo_thresh)
+            labels = pseudo_labels(
+                batch.labels, teacher_logits, settings.pseudo_thresh, settings.ignore_thresh
+            )
         composite = self.compose(batch, labels)
         distils = settings.kd_mode != "none" and settings.kd > 0
         if distils and (self.paste or teacher_logits is None):

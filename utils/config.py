@@ -163,6 +163,13 @@ class Hyperparameter:
     kd: float = option(5.0, "weight of the distillation", low=0)
     ac: float = option(0.0, "weight of the auxiliary classifier loss (DKD)", low=0)
     pseudo_thresh: float = option(0.7, "score from which a pseudo label is taken", low=0, high=1)
+    ignore_thresh: float | None = option(
+        None,
+        "score of an old class from which background without a pseudo label does not count in the "
+        "BCE; none: it counts as background",
+        low=0,
+        high=1,
+    )
     pseudo_labels: bool = option(True, "pseudo labels of the old classes from the teacher")
     kd_mode: str = option("rskd", "distillation", choices=("none", "plain", "unbiased", "rskd"))
     rskd_region: str = option("all", "pixels that count in rskd", choices=("all", "new"))

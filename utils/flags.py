@@ -40,6 +40,7 @@ FLAGS = {
     ("--rskd_region",): ("hyperparameter.rskd_region",),
     ("--pseudo_labels",): ("hyperparameter.pseudo_labels",),
     ("--pseudo_thresh",): ("hyperparameter.pseudo_thresh",),
+    ("--ignore_thresh",): ("hyperparameter.ignore_thresh",),
     ("--pastes",): ("hyperparameter.paste.pastes",),
     ("--class_combination",): ("hyperparameter.paste.class_combination",),
     ("--position",): ("hyperparameter.paste.position",),
