@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
 # A whole task on synthetic data with a tiny network, on the CPU in minutes: draws the data, trains the
-# three steps of 10-5 with EIR, and shows the table over steps, the curve, and a sheet of composites.
+# three steps of 10-5 with EIR and, from the same step 0, by fine-tuning, and shows EIR's table over steps,
+# a sheet of its composites, and the comparison of the two.
 # What was interrupted goes on, what is finished stays; delete _saved_synthetic to train anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
-export PYTHON CONFIG=configs/config_synthetic.json
-export BS=16 EPOCH=16 INIT_LR=0.03 LR=0.01 MEMORY_SIZE=60
 DATA=data/synthetic
-RUN=_saved_synthetic/models/overlap_10-5_EIR
+SAVE_DIR=_saved_synthetic
+EIR=$SAVE_DIR/models/overlap_10-5_EIR-seed1
+JOBS=$(($(nproc 2>/dev/null || echo 1) > 1 ? 2 : 1))
 
 if [ ! -d "$DATA" ]; then
     mkdir -p data
@@ -18,5 +19,7 @@ if [ ! -d "$DATA" ]; then
 fi
 echo "data        $DATA"
 
-bash scripts/train_voc.sh 10-5 overlap "$@"
-"$PYTHON" scripts/preview_replay.py --output "$RUN/preview.png" -c "$RUN/step_1/config.json"
+"$PYTHON" scripts/run_experiments.py configs/experiments/demo.json --save_dir "$SAVE_DIR" --jobs "$JOBS"
+"$PYTHON" scripts/report.py "$EIR"
+"$PYTHON" scripts/preview_replay.py --output "$EIR/preview.png" -c "$EIR/step_1/config.json"
+"$PYTHON" scripts/report.py "$SAVE_DIR/demo"

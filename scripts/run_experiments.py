@@ -1,0 +1,313 @@
+"""Run methods x tasks x seeds from a JSON file, and collect their results in one CSV.
+
+python scripts/run_experiments.py configs/experiments/methods.json --jobs 2
+
+Each step of each run is one call of train_voc.py. Step 0 is trained once for each task and seed and
+shared by all methods. Finished steps are skipped and a broken one goes on, so that this can be
+stopped at any time and called again.
+"""
+
+import argparse
+import concurrent.futures
+import fcntl
+import json
+import os
+import queue
+import shlex
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data_loader.tasks import Task, get_task
+from scripts.results import row, write_results
+from utils.arguments import parse_train
+from utils.checkpoint import final_checkpoint
+from utils.config import Config
+from utils.config_file import differences, load_config
+from utils.errors import UserError, exit_with
+
+ROOT = Path(__file__).resolve().parents[1]
+KEYS = {
+    "config": "configuration file of all runs",
+    "tasks": "list of task names",
+    "setting": "overlap, disjoint or sequential",
+    "seeds": "list of seeds",
+    "flags": "flags of train_voc.py for every step",
+    "step_0": "further flags for step 0",
+    "later": "further flags for steps >= 1",
+    "joint": "further flags for the joint training, '' for none of it",
+    "methods": "object: name -> flags for steps >= 1",
+}
+
+
+@dataclass
+class Run:
+    """A sequence of calls of train_voc.py, one per step, and what the results call it."""
+
+    method: str
+    task: Task
+    seed: int
+    calls: list[list[str]]
+    configs: list[Config]
+    base: "Run | None" = None
+
+    @property
+    def title(self) -> str:
+        return f"{self.task.name} {self.task.setting}, seed {self.seed}, {self.method}"
+
+
+def read_experiment(path: Path) -> dict:
+    """The experiment's JSON object; UserError for unknown or missing keys and wrong types."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read the experiment {path}: {error}") from None
+    if not isinstance(content, dict) or set(content) != set(KEYS):
+        keys = ", ".join(KEYS)
+        raise UserError(f"{path} must be a JSON object with these keys and no other: {keys}")
+    kinds = {"tasks": list, "seeds": list, "methods": dict}
+    for key, value in content.items():
+        if not isinstance(value, kinds.get(key, str)):
+            raise UserError(f"{path}: {key} has the wrong type: {KEYS[key]}")
+    for key, values in (("seeds", content["seeds"]), ("methods", content["methods"])):
+        names = [_folder_name(str(value)) for value in values]
+        if len({*names, "step0", "joint"}) < len(names) + 2:
+            raise UserError(
+                f"{path}: two of the {key} would have the same folder; step0 and joint are taken"
+            )
+    return content
+
+
+def _folder_name(method):
+    return "".join(c if c.isalnum() or c in ".-" else "-" for c in method)
+
+
+def plan(experiment: dict, save_dir: str) -> tuple[list[Run], list[Run]]:
+    """The runs of step 0 and all others; every flag of every call is checked on the way."""
+    bases, others = [], []
+    for seed in experiment["seeds"]:
+        for name in experiment["tasks"]:
+            task = get_task(name, experiment["setting"])
+
+            def make(method, steps, flags, base=None, task=task, trained=None, seed=seed):
+                calls = [
+                    _call(experiment, save_dir, trained or task, method, seed, step, flags)
+                    for step in steps
+                ]
+                configs = [parse_train(call)[0] for call in calls]
+                return Run(method, task, seed, calls, configs, base)
+
+            base = make("step0", [0], experiment["step_0"])
+            bases.append(base)
+            for method, flags in experiment["methods"].items():
+                later = f"{experiment['later']} {flags}"
+                others.append(make(method, range(1, len(task.steps)), later, base))
+            if experiment["joint"]:
+                joint = get_task("joint", experiment["setting"])
+                others.append(make("joint", [0], experiment["joint"], trained=joint))
+    return bases, others
+
+
+def _call(experiment, save_dir, task, method, seed, step, flags):
+    words = {
+        "-c": experiment["config"],
+        "--save_dir": save_dir,
+        "--name": f"{_folder_name(method)}-seed{seed}",
+        "--seed": seed,
+        "--task_name": task.name,
+        "--task_setting": task.setting,
+        "--task_step": step,
+    }
+    own = [str(word) for pair in words.items() for word in pair]
+    return [*own, "--resume", "auto", *shlex.split(experiment["flags"]), *shlex.split(flags)]
+
+
+def is_finished(config: Config) -> bool:
+    """True if the step has its results; UserError if they come from other settings."""
+    folder = config.step_dir()
+    if not (folder / "metrics.json").is_file():
+        return False
+    changed = differences(load_config(folder / "config.json")[0], config)
+    if changed:
+        raise UserError(
+            f"{folder} holds a finished step with other settings ({', '.join(changed)}): give another "
+            "--save_dir, or remove it"
+        )
+    return True
+
+
+class Runner:
+    """Runs calls on a fixed number of slots, each with its share of the machine."""
+
+    def __init__(self, slots: list[dict[str, str]], lock: int, log_dir: Path):
+        self.slots, self.lock, self.log_dir = queue.SimpleQueue(), lock, log_dir
+        self.launcher = shlex.split(os.environ.get("LAUNCHER", "")) or [sys.executable]
+        self.processes: set[subprocess.Popen] = set()
+        self.stopping = False
+        for slot in slots:
+            self.slots.put(slot)
+
+    def __call__(self, run: Run) -> str | None:
+        """Train what is missing of a run; the error's line if a step fails."""
+        try:
+            for call, config in zip(run.calls, run.configs, strict=True):
+                if is_finished(config) or self.stopping:
+                    continue
+                if run.base and config.task.step == 1:
+                    call = [*call, "--prev_checkpoint", str(_model(run.base))]
+                self.train(run, config, call)
+        except UserError as error:
+            print(f"failed      {run.title}: {error}", file=sys.stderr)
+            return str(error)
+
+    def train(self, run: Run, config: Config, call: list[str]) -> None:
+        """One call of train_voc.py in a free slot; its output goes to a log."""
+        slot = self.slots.get()
+        log = self.log_dir / f"{config.step_dir().parent.name}_{config.task.step}.txt"
+        try:
+            with open(log, "ab") as file:
+                process = subprocess.Popen(
+                    [*self.launcher, str(ROOT / "train_voc.py"), *call],
+                    env={**os.environ, **slot},
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[self.lock],  # who holds it, this process or one it left, is at work
+                )
+                self.processes.add(process)
+                if self.stopping:
+                    process.terminate()
+                code = process.wait()
+                self.processes.remove(process)
+        finally:
+            self.slots.put(slot)
+        if code and not self.stopping:
+            last = log.read_text(errors="replace").strip().splitlines()[-1:]
+            raise UserError(f"step {config.task.step} ended with code {code}: {' '.join(last)} ({log})")
+        if not code:
+            print(f"finished    {run.title}, step {config.task.step}", flush=True)
+
+    def stop(self) -> None:
+        """End what is running; it goes on from its last epoch next time."""
+        self.stopping = True
+        for process in list(self.processes):
+            process.terminate()
+
+
+def _model(base: Run) -> Path:
+    path = final_checkpoint(base.configs[0].step_dir())
+    if path is None:
+        raise UserError(f"no model of step 0 in {base.configs[0].step_dir()}")
+    return path
+
+
+def run_all(bases: list[Run], others: list[Run], runner: Runner, results: Callable) -> int:
+    """All runs, those of step 0 first; calls results() after each, returns the number that failed."""
+    failures = 0
+    with concurrent.futures.ThreadPoolExecutor(max_workers=runner.slots.qsize()) as pool:
+        try:
+            for stage in (bases, others):
+                for done in concurrent.futures.as_completed([pool.submit(runner, r) for r in stage]):
+                    failures += done.result() is not None
+                    results()
+        except KeyboardInterrupt:
+            runner.stop()
+            pool.shutdown(cancel_futures=True)
+            raise UserError("interrupted: the same command goes on") from None
+    return failures
+
+
+def collect(runs: list[Run]) -> list[dict]:
+    """The rows of results.csv, of the steps that are finished."""
+    rows = []
+    for run in runs:
+        configs = [c for c in run.configs if (c.step_dir() / "metrics.json").is_file()]
+        if configs and run.base:
+            configs = [*run.base.configs, *configs]
+        rows += [row(run.method, run.task, run.seed, config) for config in configs]
+    return rows
+
+
+def lock(folder: Path) -> int:
+    """A lock on the folder of the runs, as a file descriptor; UserError while another holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"experiments are running in {folder} already: wait for them, end them, or give another "
+            "--save_dir"
+        ) from None
+    return descriptor
+
+
+def make_slots(jobs: int, gpus: str | None) -> list[dict[str, str]]:
+    """The environment of each of the runs that go on at a time."""
+    if gpus:
+        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus.split(",")]
+    if jobs == 1:
+        return [{}]
+    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}] * jobs
+
+
+def choose(experiment: dict, path: Path, seeds: list | None, methods: list | None) -> Callable:
+    """Test for the runs that are asked for; UserError for what the experiment does not have."""
+    have = {"seeds": experiment["seeds"], "methods": [*experiment["methods"], "joint"]}
+    for key, asked in (("seeds", seeds), ("methods", methods)):
+        for name in asked or []:
+            if name not in have[key]:
+                raise UserError(f"{path} has no {name}: its {key} are {', '.join(map(str, have[key]))}")
+    seeds, methods = seeds or have["seeds"], ["step0", *(methods or have["methods"])]
+    return lambda run: run.seed in seeds and run.method in methods
+
+
+def _main(arguments):
+    path = arguments.experiment
+    experiment = read_experiment(path)
+    asked_for = choose(experiment, path, arguments.seeds, arguments.methods)
+    if arguments.jobs < 1:
+        raise UserError(f"--jobs is {arguments.jobs}; it must be at least 1")
+    bases, others = plan(experiment, arguments.save_dir)
+    folder = Path(arguments.save_dir).expanduser()
+    results = (arguments.output or folder / path.stem) / "results.csv"
+    held = lock(folder)
+    (folder / "calls").mkdir(exist_ok=True)
+    runner = Runner(make_slots(arguments.jobs, arguments.gpus), held, folder / "calls")
+    # the joint training of a seed is the same for all tasks
+    todo = {run.configs[0].step_dir(): run for run in filter(asked_for, others)}
+    failures = run_all(
+        list(filter(asked_for, bases)),
+        list(todo.values()),
+        runner,
+        lambda: write_results(results, collect(others)),
+    )
+    print(f"results     {results}")
+    return failures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("experiment", type=Path, help="JSON file; configs/experiments has some")
+    parser.add_argument("--save_dir", default="_saved_experiments", help="folder of the runs")
+    parser.add_argument(
+        "--output", type=Path, help="folder of results.csv (default: <save_dir>/<experiment's name>)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", help="run only these of the experiment's seeds")
+    parser.add_argument("--methods", nargs="+", help="run only these of its methods")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
+    parser.add_argument("--gpus", help="such as 0,1,2: a run at a time on each of these GPUs")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        failures = _main(parser.parse_args())
+    except UserError as error:
+        exit_with(error)
+    sys.exit(1 if failures else 0)
+
+
+if __name__ == "__main__":
+    main()
