@@ -55,6 +55,8 @@ def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float
 
 def _cost(path):
     """Seconds of training and peak memory, from the records of the epochs."""
+    if not path.is_file():
+        return {}
     epochs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     seconds = sum(epoch["seconds"] for epoch in epochs)
     return {"seconds": seconds, "peak_mib": max(epoch["peak_mib"] for epoch in epochs)}

@@ -9,6 +9,7 @@ stopped at any time and called again.
 
 import argparse
 import concurrent.futures
+import contextlib
 import fcntl
 import json
 import os
@@ -33,16 +34,17 @@ from utils.errors import UserError, exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
-    "config": "configuration file of all runs",
-    "tasks": "list of task names",
+    "config": "the configuration file of all runs",
+    "tasks": "a list of names of tasks, one at least",
     "setting": "overlap, disjoint or sequential",
-    "seeds": "list of seeds",
+    "seeds": "a list of integers, one at least",
     "flags": "flags of train_voc.py for every step",
     "step_0": "further flags for step 0",
     "later": "further flags for steps >= 1",
     "joint": "further flags for the joint training, '' for none of it",
-    "methods": "object: name -> flags for steps >= 1",
+    "methods": "an object of names and their flags for steps >= 1, one at least",
 }
+SEVERAL = {"tasks": (list, str), "seeds": (list, int), "methods": (dict, str)}
 
 
 @dataclass
@@ -70,17 +72,23 @@ def read_experiment(path: Path) -> dict:
     if not isinstance(content, dict) or set(content) != set(KEYS):
         keys = ", ".join(KEYS)
         raise UserError(f"{path} must be a JSON object with these keys and no other: {keys}")
-    kinds = {"tasks": list, "seeds": list, "methods": dict}
     for key, value in content.items():
-        if not isinstance(value, kinds.get(key, str)):
-            raise UserError(f"{path}: {key} has the wrong type: {KEYS[key]}")
-    for key, values in (("seeds", content["seeds"]), ("methods", content["methods"])):
-        names = [_folder_name(str(value)) for value in values]
+        if not _has_type(value, *SEVERAL.get(key, (str, None))):
+            raise UserError(f"{path}: {key} must be {KEYS[key]}")
+    for key in SEVERAL:
+        names = [_folder_name(str(value)) for value in content[key]]
         if len({*names, "step0", "joint"}) < len(names) + 2:
             raise UserError(
                 f"{path}: two of the {key} would have the same folder; step0 and joint are taken"
             )
     return content
+
+
+def _has_type(value, kind, item):
+    """True for a value of a kind; if it is to have items, there are some, and all of their type."""
+    if type(value) is not kind or item is None:
+        return type(value) is kind
+    return bool(value) and all(type(i) is item for i in (value.values() if kind is dict else value))
 
 
 def _folder_name(method):
@@ -122,9 +130,20 @@ def _call(experiment, save_dir, task, method, seed, step, flags):
         "--task_name": task.name,
         "--task_setting": task.setting,
         "--task_step": step,
+        "--resume": "auto",
     }
-    own = [str(word) for pair in words.items() for word in pair]
-    return [*own, "--resume", "auto", *shlex.split(experiment["flags"]), *shlex.split(flags)]
+    further = _split(f"{experiment['flags']} {flags}")
+    for word in further:
+        if word.partition("=")[0] in words:
+            raise UserError(f"{method}: {word} is not a flag to give here, the experiment sets it")
+    return [*(str(word) for pair in words.items() for word in pair), *further]
+
+
+def _split(flags):
+    try:
+        return shlex.split(flags)
+    except ValueError as error:
+        raise UserError(f"cannot read the flags {flags}: {error}") from None
 
 
 def is_finished(config: Config) -> bool:
@@ -141,12 +160,19 @@ def is_finished(config: Config) -> bool:
     return True
 
 
+def has_results(config: Config) -> bool:
+    """True if the step is finished with these settings."""
+    with contextlib.suppress(UserError):
+        return is_finished(config)
+    return False
+
+
 class Runner:
     """Runs calls on a fixed number of slots, each with its share of the machine."""
 
     def __init__(self, slots: list[dict[str, str]], lock: int, log_dir: Path):
         self.slots, self.lock, self.log_dir = queue.SimpleQueue(), lock, log_dir
-        self.launcher = shlex.split(os.environ.get("LAUNCHER", "")) or [sys.executable]
+        self.launcher = _split(os.environ.get("LAUNCHER", "")) or [sys.executable]
         self.processes: set[subprocess.Popen] = set()
         self.stopping = False
         for slot in slots:
@@ -206,43 +232,51 @@ def _model(base: Run) -> Path:
 
 
 def run_all(bases: list[Run], others: list[Run], runner: Runner, results: Callable) -> int:
-    """All runs, those of step 0 first; calls results() after each, returns the number that failed."""
-    failures = 0
+    """All runs, those of step 0 first; returns the number that failed.
+
+    What starts from a step 0 that failed is left out. results() is called before and after each run.
+    """
+    results()
+    failed = []
     with concurrent.futures.ThreadPoolExecutor(max_workers=runner.slots.qsize()) as pool:
         try:
             for stage in (bases, others):
-                for done in concurrent.futures.as_completed([pool.submit(runner, r) for r in stage]):
-                    failures += done.result() is not None
+                runs = {pool.submit(runner, run): run for run in stage if run.base not in failed}
+                for done in concurrent.futures.as_completed(runs):
+                    if done.result() is not None:
+                        failed.append(runs[done])
                     results()
         except KeyboardInterrupt:
             runner.stop()
             pool.shutdown(cancel_futures=True)
-            raise UserError("interrupted: the same command goes on") from None
-    return failures
+            raise
+    return len(failed)
 
 
 def collect(runs: list[Run]) -> list[dict]:
-    """The rows of results.csv, of the steps that are finished."""
+    """The rows of results.csv: the steps that are finished, of runs with more than a shared step 0."""
     rows = []
     for run in runs:
-        configs = [c for c in run.configs if (c.step_dir() / "metrics.json").is_file()]
-        if configs and run.base:
-            configs = [*run.base.configs, *configs]
-        rows += [row(run.method, run.task, run.seed, config) for config in configs]
+        shared = run.base.configs if run.base else []
+        configs = list(filter(has_results, run.configs))
+        if configs and all(map(has_results, shared)):
+            rows += [row(run.method, run.task, run.seed, config) for config in [*shared, *configs]]
     return rows
 
 
 def lock(folder: Path) -> int:
     """A lock on the folder of the runs, as a file descriptor; UserError while another holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
             f"experiments are running in {folder} already: wait for them, end them, or give another "
             "--save_dir"
         ) from None
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}") from None
     return descriptor
 
 
@@ -257,12 +291,13 @@ def make_slots(jobs: int, gpus: str | None) -> list[dict[str, str]]:
 
 def choose(experiment: dict, path: Path, seeds: list | None, methods: list | None) -> Callable:
     """Test for the runs that are asked for; UserError for what the experiment does not have."""
-    have = {"seeds": experiment["seeds"], "methods": [*experiment["methods"], "joint"]}
+    joint = ["joint"] if experiment["joint"] else []
+    have = {"seeds": experiment["seeds"], "methods": [*experiment["methods"], *joint]}
     for key, asked in (("seeds", seeds), ("methods", methods)):
         for name in asked or []:
             if name not in have[key]:
                 raise UserError(f"{path} has no {name}: its {key} are {', '.join(map(str, have[key]))}")
-    seeds, methods = seeds or have["seeds"], ["step0", *(methods or have["methods"])]
+    seeds, methods = seeds or have["seeds"], methods or have["methods"]
     return lambda run: run.seed in seeds and run.method in methods
 
 
@@ -281,7 +316,7 @@ def _main(arguments):
     # the joint training of a seed is the same for all tasks
     todo = {run.configs[0].step_dir(): run for run in filter(asked_for, others)}
     failures = run_all(
-        list(filter(asked_for, bases)),
+        [base for base in bases if any(run.base is base for run in todo.values())],
         list(todo.values()),
         runner,
         lambda: write_results(results, collect(others)),
@@ -306,6 +341,8 @@ def main() -> None:
         failures = _main(parser.parse_args())
     except UserError as error:
         exit_with(error)
+    except KeyboardInterrupt:
+        exit_with(UserError("interrupted: the same command goes on"))
     sys.exit(1 if failures else 0)
 
 

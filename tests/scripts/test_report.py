@@ -1,0 +1,348 @@
+"""Reports against values computed by hand."""
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_loader.tasks import CLASS_NAMES, get_task
+from scripts.comparison import read_comparisons
+from scripts.figures import class_iou, forgetting, mean_iou
+from scripts.published import OVERLAP
+from scripts.report import main
+from tests.helpers import error_line, run_script
+from utils.config import Config
+
+GROUPS = ("old", "new", "all", "hIoU")
+COLUMNS = (
+    "method", "task", "setting", "seed", "step", "val_images", *GROUPS,
+    "seconds", "peak_mib", "memory_entries", "memory_bytes", *CLASS_NAMES,
+)  # fmt: skip
+
+
+def make_row(method, seed, step, iou=(60,), task="10-5", setting="overlap", **cells) -> dict:
+    """A row of results.csv; iou: of the classes of each step so far, the last stands for the rest."""
+    classes = {}
+    for old_step, names in enumerate(get_task(task, setting).steps[: step + 1]):
+        classes |= {CLASS_NAMES[c]: iou[min(old_step, len(iou) - 1)] for c in names}
+    defaults = {"val_images": 30, "old": 50, "all": 50, "seconds": 60, "background": 90 - 20 * step}
+    later = {"new": 40, "hIoU": 45} if step else {}
+    where = {"method": method, "task": task, "setting": setting, "seed": seed, "step": step}
+    return {**where, **defaults, **later, **classes, **cells}
+
+
+def make_run(method="EIR", seed=1, task="10-5", **cells) -> list[dict]:
+    """Rows of all steps."""
+    steps = range(len(get_task(task, "overlap").steps))
+    return [make_row(method, seed, step, task=task, **cells) for step in steps]
+
+
+def write(folder: Path, rows: list[dict], columns=COLUMNS) -> Path:
+    """A folder of experiments with these rows."""
+    with open(folder / "results.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(rows)
+    return folder
+
+
+def report(folder: Path, capsys) -> str:
+    """Standard output of a report."""
+    assert main([str(folder)]) == 0
+    return capsys.readouterr().out
+
+
+def tables(text: str) -> list[dict[str, dict[str, str]]]:
+    """The Markdown tables: method -> column -> cell."""
+    found = []
+    for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        header, _, *rows = ([c.strip() for c in x.strip("|").split("|")] for x in block.splitlines())
+        found.append({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
+    return found
+
+
+@pytest.fixture
+def two_seeds(tmp_path: Path) -> Path:
+    """EIR with two seeds, and joint with one row each."""
+    rows = [
+        make_row("EIR", 1, 0, [80]),
+        make_row("EIR", 1, 1, [70, 60], seconds=120, memory_bytes=512),
+        make_row("EIR", 1, 2, [75, 40, 50], seconds=30, memory_bytes=1024, old=60, all=50.04),
+        make_row("joint", 1, 2, [90], old=80, all=80, seconds=300),
+        make_row("EIR", 2, 0, [80]),
+        make_row("EIR", 2, 1, [70, 60], seconds=120, memory_bytes=512),
+        make_row("EIR", 2, 2, [76, 50, 50], seconds=150, memory_bytes=3072, old=62, all=50),
+        make_row("joint", 2, 2, [90], old=84, all=84, seconds=360),
+    ]
+    return write(tmp_path, rows)
+
+
+class TestTable:
+    def test_mean_and_deviation_over_seeds_at_the_last_step(self, two_seeds, capsys):
+        [table] = tables(report(two_seeds, capsys))
+        assert table["EIR"] == {
+            "old": "61.0 ± 1.4",
+            "new": "40.0 ± 0.0",
+            "all": "50.0 ± 0.0",
+            "hIoU": "45.0 ± 0.0",
+            "forgetting": "8.0 ± 2.8",  # (10 * 5 + 5 * 20) / 15 and (10 * 4 + 5 * 10) / 15
+            "minutes": "4.5 ± 1.4",  # 3.5 and 5.5
+            "memory KiB": "2.0 ± 1.4",
+            "seeds": "2",
+        }
+
+    def test_joint_has_no_forgetting_and_no_memory(self, two_seeds, capsys):
+        [table] = tables(report(two_seeds, capsys))
+        joint = table["joint"]
+        assert joint["old"] == "82.0 ± 2.8" and joint["minutes"] == "5.5 ± 0.7"
+        assert joint["forgetting"] == joint["memory KiB"] == "-"
+
+    def test_one_seed_is_a_mean_without_a_deviation(self, tmp_path, capsys):
+        write(tmp_path, make_run(memory_bytes=2048))
+        [table] = tables(report(tmp_path, capsys))
+        assert list(table["EIR"].values()) == ["50.0", "40.0", "50.0", "45.0", "0.0", "3.0", "2.0", "1"]
+
+    def test_unfinished_runs_are_named_and_left_out(self, tmp_path, capsys):
+        broken, begun = make_run(seed=2, old=0)[:2], make_run("kd, 1", old=0)[:1]
+        write(tmp_path, [*make_run(), *broken, *begun])
+        output = report(tmp_path, capsys)
+        [table] = tables(output)
+        assert list(table) == ["EIR"] and table["EIR"]["old"] == "50.0"
+        assert "\nunfinished: EIR seed 2 (2 of 3 steps); kd, 1 seed 1 (1 of 3 steps)\n" in output
+
+    def test_nothing_finished_is_no_table_and_no_figure(self, tmp_path, capsys):
+        write(tmp_path, make_run()[:2])
+        output = report(tmp_path, capsys)
+        assert tables(output) == [] and "unfinished: EIR seed 1 (2 of 3 steps)" in output
+        assert {path.name for path in tmp_path.iterdir()} == {"results.csv", "report.md"}
+
+    def test_methods_keep_their_order_and_each_task_has_a_table(self, tmp_path, capsys):
+        runs = [make_run(m, s, t) for s in (1, 2) for t in ("19-1", "10-10") for m in ("z", "a", "m")]
+        disjoint = make_run("d", task="19-1", setting="disjoint")
+        write(tmp_path, [*(row for run in runs for row in run), *disjoint])
+        output = report(tmp_path, capsys)
+        headings = ["## 19-1, overlap", "## 10-10, overlap", "## 19-1, disjoint"]
+        assert re.findall("^## .*", output, re.MULTILINE) == headings
+        assert [list(table) for table in tables(output)] == [["z", "a", "m"], ["z", "a", "m"], ["d"]]
+
+    def test_a_task_of_one_step_has_neither_new_nor_forgetting(self, tmp_path, capsys):
+        write(tmp_path, [make_row("EIR", 1, 0, task="joint")])
+        [table] = tables(report(tmp_path, capsys))
+        assert table["EIR"]["new"] == table["EIR"]["forgetting"] == "-"
+
+    def test_the_file_has_what_standard_output_has(self, two_seeds, capsys):
+        output = report(two_seeds, capsys)
+        text = (two_seeds / "report.md").read_text(encoding="utf-8")
+        assert tables(text) == tables(output)
+        assert f"report      {two_seeds / 'report.md'}" in output
+
+
+class TestPublished:
+    @pytest.mark.parametrize("task", ["19-1", "15-5", "15-1", "10-1", "5-3"])
+    def test_it_stands_below_the_methods_on_voc_2012(self, tmp_path, capsys, task):
+        write(tmp_path, make_run(task=task, val_images=1449))
+        output = report(tmp_path, capsys)
+        [table] = tables(output)
+        assert list(table) == ["EIR", "DKD (published)", "DKD-M (published)"]
+        for method, by_task in OVERLAP.items():
+            row = table[f"{method} (published)"]
+            assert (float(row["hIoU"]), float(row["all"])) == by_task[task]
+            assert [row[c] for c in ("old", "new", "forgetting", "seeds")] == [""] * 4
+        assert "Decomposed Knowledge Distillation" in output
+
+    def test_the_numbers(self):
+        assert OVERLAP["DKD"]["5-3"] == (61.32, 58.98)
+        assert OVERLAP["DKD-M"]["5-3"] == (65.02, 63.32)
+
+    @pytest.mark.parametrize(
+        "cells",
+        [
+            {"task": "19-1", "val_images": 1448},
+            {"task": "19-1", "val_images": 1449, "setting": "disjoint"},
+            {"task": "10-5", "val_images": 1449},
+        ],
+    )
+    def test_it_is_left_out_elsewhere(self, tmp_path, capsys, cells):
+        write(tmp_path, make_run(**cells))
+        assert "published" not in report(tmp_path, capsys)
+
+    def test_one_run_on_other_images_leaves_it_out(self, tmp_path, capsys):
+        own = make_run("own", task="19-1", val_images=150)
+        write(tmp_path, make_run(task="19-1", val_images=1449) + own)
+        assert "published" not in report(tmp_path, capsys)
+
+
+class TestFigures:
+    def test_files_decode_and_are_linked(self, two_seeds, capsys):
+        report(two_seeds, capsys)
+        names = {f"{name}_10-5_overlap.png" for name in ("miou", "heat", "forgetting")}
+        assert {path.name for path in two_seeds.glob("*.png")} == names
+        text = (two_seeds / "report.md").read_text(encoding="utf-8")
+        assert set(re.findall(r"!\[.+\]\((.+)\)", text)) == names
+        for name in names:
+            assert (two_seeds / name).stat().st_size < 2**20
+            with Image.open(two_seeds / name) as image:
+                assert min(image.size) > 200 and np.asarray(image.convert("L")).std() > 5
+
+    def test_mean_iou_has_a_line_a_method_and_joint_dashed(self, two_seeds):
+        [comparison] = read_comparisons(two_seeds / "results.csv")
+        eir, joint = mean_iou(comparison).axes[0].get_lines()
+        assert eir.get_label() == "EIR" and np.allclose(eir.get_ydata(), [50, 50, 50.02])
+        assert joint.get_label() == "joint" and joint.get_linestyle() == "--"
+        assert np.allclose(joint.get_ydata(), 82)
+
+    def test_many_methods_differ_in_colour_or_style(self, tmp_path):
+        write(tmp_path, [row for n in range(25) for row in make_run(f"m{n}", task="19-1")])
+        [comparison] = read_comparisons(tmp_path / "results.csv")
+        lines = mean_iou(comparison).axes[0].get_lines()
+        assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25
+        panels = [axes for axes in class_iou(comparison).axes if axes.get_title()]
+        assert [panel.get_title() for panel in panels] == [f"m{n}" for n in range(25)]
+
+    def test_class_iou_is_a_mean_over_seeds_and_empty_where_not_learned(self, two_seeds):
+        [comparison] = read_comparisons(two_seeds / "results.csv")
+        panel, _ = class_iou(comparison).axes
+        assert panel.get_title() == "EIR"
+        values = panel.images[0].get_array().filled(np.nan)
+        assert values.shape == (21, 3)
+        assert np.allclose(values[[0, 1, 11, 20], 2], [50, 75.5, 45, 50])
+        assert np.isnan(values[11:, 0]).all() and np.isnan(values[16:, 1]).all()
+        assert np.isnan(values).sum() == 10 + 5
+
+    def test_classes_stand_in_learning_order(self, tmp_path):
+        write(tmp_path, make_run(task="15-1_b"))
+        [comparison] = read_comparisons(tmp_path / "results.csv")
+        labels = [label.get_text() for label in class_iou(comparison).axes[0].get_yticklabels()]
+        assert labels[:3] == ["background", "dog", "chair"] and len(labels) == 21
+
+    def test_forgetting_shows_numbers_but_for_the_last_step(self, two_seeds):
+        [comparison] = read_comparisons(two_seeds / "results.csv")
+        axes = forgetting(comparison).axes[0]
+        assert [text.get_text() for text in axes.texts] == ["4.5"] * 10 + ["15.0"] * 5
+        assert len(axes.get_xticklabels()) == 20
+
+
+NO_NUMBER = {**make_row("EIR", 1, 0), "cat": "abc"}
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([], COLUMNS, "is empty"),
+        ([], (), "is empty"),
+        (make_run(), [c for c in COLUMNS if c not in ("cat", "seed")], "lacks the columns seed, cat"),
+        ([make_run()[0], NO_NUMBER], COLUMNS, "line 3, column cat: 'abc' is not a number"),
+        (make_run(all="nan"), COLUMNS, "line 2, column all: 'nan' is not a number"),
+        (make_run(val_images=""), COLUMNS, "line 2, column val_images: '' is not an integer"),
+        ([{**make_run()[0], "task": "7-4"}], COLUMNS, "line 2: unknown task '7-4'"),
+        ([{**make_run()[0], "step": 3}], COLUMNS, "line 2: task 10-5 has no step 3"),
+        (make_run() + make_run(), COLUMNS, "line 5: this method, seed and step have a row already"),
+    ],
+)
+def test_a_bad_csv_is_one_line_and_code_2(tmp_path, capsys, rows, columns, message):
+    write(tmp_path, rows, columns)
+    with pytest.raises(SystemExit) as stop:
+        main([str(tmp_path)])
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == ""
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert str(tmp_path / "results.csv") in output.err and message in output.err
+
+
+def test_a_line_cut_short_is_named(tmp_path, capsys):
+    path = write(tmp_path, make_run()) / "results.csv"
+    path.write_text(path.read_text()[:-30])
+    with pytest.raises(SystemExit):
+        main([str(tmp_path)])
+    assert "line 4 has more or fewer cells than the header" in capsys.readouterr().err
+
+
+def test_a_folder_that_is_missing_or_bare_is_one_line(tmp_path):
+    assert f"no such folder: {tmp_path / 'nowhere'}" in error_line(
+        run_script("scripts/report.py", tmp_path / "nowhere")
+    )
+    assert "results.csv" in error_line(run_script("scripts/report.py", tmp_path))
+
+
+def make_steps(folder: Path, root: Path, last: int, **task) -> Path:
+    """The folder of a run of 19-1 up to a step, as training writes it."""
+    config = Config()
+    config.data.data_root, config.task.name, config.task.setting = str(root), "19-1", "overlap"
+    for key, value in task.items():
+        setattr(config.task, key, value)
+    for step in range(last + 1):
+        names = get_task("19-1", "overlap").class_names(step)
+        groups = {"overall": 70 - step, "old": 71.5, "new": 30.25, "harmonic": 42.5}
+        if step == 0:
+            groups |= {"new": None, "harmonic": None}
+        metrics = {"Mean_Intersection_over_Union": {**groups, "by_class": dict.fromkeys(names, 12.5)}}
+        (folder / f"step_{step}").mkdir(parents=True)
+        (folder / f"step_{step}" / "metrics.json").write_text(json.dumps(metrics))
+        (folder / f"step_{step}" / "config.json").write_text(json.dumps(config.to_dict()))
+    return folder
+
+
+def make_root(folder: Path, images: int) -> Path:
+    """A data root with a list of so many images, each of them empty."""
+    ids = [f"2007_{i:06}" for i in range(images)]
+    for name, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
+        (folder / name).mkdir(parents=True)
+        for i in ids:
+            (folder / name / f"{i}.{suffix}").touch()
+    (folder / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(ids) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data root with as many images as VOC 2012 validates on."""
+    return make_root(tmp_path_factory.mktemp("voc"), 1449)
+
+
+class TestRun:
+    def test_the_table_over_steps_and_the_curve(self, tmp_path, capsys):
+        run = make_steps(tmp_path / "overlap_19-1_EIR", tmp_path / "nowhere", 1)
+        (run / "step_old").mkdir()
+        (run / "step_old" / "metrics.json").write_text("{}")
+        output = report(run, capsys)
+        rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line}
+        assert rows["step"] == ["0", "1"] and rows["new"] == ["-", "30.25"]
+        assert rows["all"] == ["70.00", "69.00"] and rows["hIoU"] == ["-", "42.50"]
+        assert rows["tvmonitor"] == ["-", "12.50"] and rows["train"] == ["12.50", "12.50"]
+        assert rows["curve"] == [str(run / "curve.png")] and "published" not in rows
+        with Image.open(run / "curve.png") as image:
+            assert np.asarray(image.convert("L")).std() > 5
+
+    def test_published_results_stand_below_a_finished_run_on_voc_2012(
+        self, tmp_path, full_root, capsys
+    ):
+        lines = report(make_steps(tmp_path, full_root, 1), capsys).splitlines()
+        first = lines.index(f"{'published':<16}{'hIoU':>8}{'all':>8}")
+        assert lines[first + 1].split() == ["DKD", "56.95", "76.13"]
+        assert lines[first + 2].split() == ["DKD-M", "68.14", "77.04"]
+        assert "NeurIPS 2022" in lines[first + 3]
+
+    @pytest.mark.parametrize(
+        ("last", "task"), [(0, {}), (1, {"setting": "disjoint"}), (1, {"name": "10-10"})]
+    )
+    def test_they_are_left_out_of_other_tasks_and_steps(self, tmp_path, full_root, capsys, last, task):
+        assert "published" not in report(make_steps(tmp_path, full_root, last, **task), capsys)
+
+    def test_they_are_left_out_on_other_images(self, tmp_path, capsys):
+        root = make_root(tmp_path / "voc", 20)
+        assert "published" not in report(make_steps(tmp_path / "run", root, 1), capsys)
+
+    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"Mean_Intersection_over_Union": {}}'])
+    def test_damaged_metrics_are_one_line(self, tmp_path, capsys, text):
+        path = make_steps(tmp_path, tmp_path, 1) / "step_1" / "metrics.json"
+        path.write_text(text)
+        with pytest.raises(SystemExit) as stop:
+            main([str(tmp_path)])
+        output = capsys.readouterr()
+        assert stop.value.code == 2 and output.err.count("\n") == 1
+        assert output.err.startswith(f"error: cannot read the metrics {path}: ")
