@@ -235,11 +235,12 @@ class Trainer:
         return optimizer
 
     def _amp_dtype(self):
-        if not self.config.use_amp or self.device.type != "cuda":
-            return torch.float32
-        if self.config.amp_dtype == "auto":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[self.config.amp_dtype]
+        asked = self.config.amp_dtype if self.config.use_amp else None
+        if self.device.type != "cuda":
+            return torch.bfloat16 if asked == "bf16" else torch.float32
+        if asked == "auto":
+            asked = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(asked, torch.float32)
 
     # Checkpoints, validation, the end.
 

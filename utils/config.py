@@ -217,10 +217,11 @@ class TrainerSection:
 class Config:
     name: str = option("EIR", "name of the run, part of its folder")
     seed: int = option(1, "seed of everything random", low=0)
-    use_amp: bool = option(True, "mixed precision (on CUDA)")
+    use_amp: bool = option(True, "mixed precision")
     amp_dtype: str = option(
         "auto",
-        "type of mixed precision; auto: bf16 where the GPU has it",
+        "type of mixed precision; auto: bf16 where the GPU has it, else fp16, on the CPU none; bf16: "
+        "on the CPU too, which pays where the processor has it (AMX)",
         choices=("auto", "bf16", "fp16"),
     )
     multiprocessing_distributed: bool = option(False, "one process per visible GPU")

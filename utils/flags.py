@@ -23,6 +23,7 @@ FLAGS = {
     ("--lr", "--learning_rate"): ("optimizer.args.lr",),
     ("--bs", "--batch_size"): ("data_loader.args.train.batch_size",),
     ("--accumulate",): ("trainer.accumulate",),
+    ("--amp_dtype",): ("amp_dtype",),
     ("--crop_size",): tuple(
         f"data_loader.args.{split}.args.transform_args.crop_size" for split in _SPLITS
     ),

@@ -433,13 +433,16 @@ class TestBadInput:
         assert (tmp_path / "file").read_text() == "kept"
         assert not list(result.place.saved.glob("calls/*"))
 
+    def test_no_file(self, call, tmp_path, monkeypatch):
+        monkeypatch.setattr(Place, "write", lambda *_: None)
+        (tmp_path / "tiny.json").unlink(missing_ok=True)
+        assert "No such file" in error_line(call())
+
     def test_as_a_process(self, voc_root, tmp_path):
         place = Place(tmp_path, voc_root)
         place.write(methods={"x": "--no_such_flag"})
         assert "--no_such_flag" in error_line(place.run())
-        place.file.unlink()
-        assert "No such file" in error_line(place.run())
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == [place.file]
 
 
 @pytest.mark.parametrize(
@@ -460,14 +463,15 @@ def test_the_experiments_that_are_here_can_be_run(path, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+IOU = {name: 1.5 * i * i + 3 for i, name in enumerate(CLASS_NAMES)}
+
+
 class TestRow:
     """By plain sums, from files that are made up."""
 
-    IOU = {name: 1.5 * i * i + 3 for i, name in enumerate(CLASS_NAMES)}
-
     def expected(self, order, old, seen):
-        a = [self.IOU["background"], *(self.IOU[CLASS_NAMES[c]] for c in order[:old])]
-        b = [self.IOU[CLASS_NAMES[c]] for c in order[old:seen]]
+        a = [IOU["background"], *(IOU[CLASS_NAMES[c]] for c in order[:old])]
+        b = [IOU[CLASS_NAMES[c]] for c in order[old:seen]]
         old, new = sum(a) / len(a), sum(b) / len(b)
         return {
             "old": old,
@@ -480,16 +484,16 @@ class TestRow:
     def test_groups(self, name, old):
         task = get_task(name, "overlap")
         for step in range(1, len(task.steps)):
-            found = group_means(self.IOU, task, step)
+            found = group_means(IOU, task, step)
             assert found == pytest.approx(self.expected(task.order, old, len(task.seen(step))))
-        first = group_means(self.IOU, task, 0)
+        first = group_means(IOU, task, 0)
         assert first["old"] == first["all"] and first["new"] is first["hIoU"] is None
         assert set(group_means(dict.fromkeys(CLASS_NAMES, 0.0), task, 1).values()) == {0.0}
 
     def test_joint_training_without_a_log(self, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path, task_name="joint", name="joint-seed7", seed=7)
         config.step_dir().mkdir(parents=True)
-        metrics = {"Mean_Intersection_over_Union": {"by_class": self.IOU}}
+        metrics = {"Mean_Intersection_over_Union": {"by_class": IOU}}
         (config.step_dir() / "metrics.json").write_text(json.dumps(metrics))
         task = get_task("15-1_b", "overlap")
         found = row("joint", task, 7, config)
@@ -497,4 +501,4 @@ class TestRow:
         assert (found["task"], found["step"], found["seed"]) == ("15-1_b", 5, 7)
         groups = {column: found[column] for column in GROUPS}
         assert groups == pytest.approx(self.expected(task.order, 15, 20))
-        assert {name: found[name] for name in CLASS_NAMES} == self.IOU
+        assert {name: found[name] for name in CLASS_NAMES} == IOU
