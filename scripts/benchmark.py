@@ -76,22 +76,52 @@ def measure(
     items: int = 1,
     before: Callable[[], object] = lambda: None,
 ) -> Row:
-    """Time work() per item, after warm-up; before() comes ahead of each call, untimed.
+    """Time work() per item, after warm-up; before() comes ahead of each call, untimed."""
+    peak = _warm_up(work, args, before)
+    times = []
+    for _ in range(args.repeats):
+        before()
+        times.append(_seconds(work))
+    return _row(part, name, times, unit, items, peak)
 
-    The peak memory is that of the warm-up: the first call finds nothing allocated for it yet.
+
+def compare(
+    part: str,
+    works: dict[str, Callable[[], object]],
+    args: argparse.Namespace,
+    unit: str = "s",
+    items: int = 1,
+) -> list[Row]:
+    """Time two works in turn, and the second's time over the first's.
+
+    Neighbours meet the same machine: the quotient is taken of each pair, so that what else goes on
+    there matters less than between two measurements one after the other.
     """
+    peaks = [_warm_up(work, args) for work in works.values()]
+    times = np.array([[_seconds(work) for work in works.values()] for _ in range(args.repeats)])
+    (first, *_), (second, *_) = (name.split(",") for name in works)
+    rows = [
+        _row(part, name, column, unit, items, peak)
+        for name, column, peak in zip(works, times.T, peaks, strict=True)
+    ]
+    quotients = times[:, 1] / times[:, 0]
+    return [*rows, _row(part, f"{second} / {first}", quotients, "x")]
+
+
+def _warm_up(work, args, before=lambda: None):
+    """Peak memory of the warm-up, MiB: the first call finds nothing allocated for it yet."""
     taken = _reset_peak()
     for _ in range(max(1, args.warmup)):
         before()
         work()
-    peak = peak_memory() - taken
-    factor = {"s": 1, "ms": 1000}[unit] / items
-    times = []
-    for _ in range(args.repeats):
-        before()
-        times.append(_seconds(work) * factor)
-    values = statistics.median(times), min(times), max(times)
-    return Row(part, name, unit, *values, len(times), peak)
+    return peak_memory() - taken
+
+
+def _row(part, name, values, unit, items=1, peak=None):
+    factor = {"s": 1, "ms": 1000, "x": 1}[unit] / items
+    values = [float(value) * factor for value in values]
+    spread = statistics.median(values), min(values), max(values)
+    return Row(part, name, unit, *spread, len(values), peak)
 
 
 def ratio(part: str, name: str, over: Row, under: Row) -> Row:
@@ -263,9 +293,8 @@ def evaluation(args: argparse.Namespace) -> list[Row]:
 
         title = f"{args.backbone}, crop {args.eval_crop}, per image"
         n = len(dataset)
-        bare = measure("eval", f"bare forward, {title}", forward, args, "ms", n)
-        whole = measure("eval", f"evaluation, {title}", loop, args, "ms", n)
-        return [bare, whole, ratio("eval", "evaluation / bare forward", whole, bare)]
+        works = {f"bare forward, {title}": forward, f"evaluation, {title}": loop}
+        return compare("eval", works, args, "ms", n)
 
 
 def _evaluation_data(args, root):
@@ -409,12 +438,11 @@ def _iteration_rows(args, trainer, raw):
         freeze_bn(trainer.model)
     n = len(images)
     title = f"{args.backbone}, crop {images.shape[-1]}, batch {n}"
-    bare = measure("step", f"{kind}: bare networks, {title}", networks, args)
-    whole = measure("step", f"{kind}: iteration, data from {args.data}", iteration, args)
-    rows = [bare, whole, ratio("step", f"{kind}: iteration / bare networks", whole, bare)]
+    whole = f"{kind}: iteration, data from {args.data}"
+    rows = compare("step", {f"{kind}: bare networks, {title}": networks, whole: iteration}, args)
     if trainer.data.step:
         slow = measure("step", f"{kind}: image by image", _plain_iteration(trainer, raw), args)
-        rows += [slow, ratio("step", f"{kind}: image by image / iteration", slow, whole)]
+        rows += [slow, ratio("step", f"{kind}: image by image / iteration", slow, rows[1])]
     works = {
         "  next batch of the loader": lambda: next(batches),
         "  batch to the device": lambda: trainer.to_device(raw),
@@ -581,6 +609,7 @@ def prepared_step(args: argparse.Namespace, number: int = 1):
         config.task.name, config.task.step = args.task, number
         config.data.train.args.transform_args.crop_size = args.crop
         config.arch.args.freeze_all_bn = number > 0
+        config.amp_dtype = args.amp_dtype
         data = StepData(config)
         if number:
             previous = Path(folder) / "previous.pth"
@@ -663,6 +692,12 @@ def main(argv: list[str] | None = None) -> int:
         choices=("loader", "memory"),
         default="loader",
         help="where the part step has its batches from (%(default)s)",
+    )
+    parser.add_argument(
+        "--amp_dtype",
+        choices=("auto", "bf16", "fp16"),
+        default="auto",
+        help="mixed precision of the part step (%(default)s: on a GPU only)",
     )
     for flag, (default, text) in FLAGS.items():
         parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
