@@ -377,6 +377,34 @@ class TestLossThatIsNotFinite:
         assert not (config.step_dir() / "checkpoint-epoch2.pth").exists()
 
 
+class TestMixedPrecision:
+    def gradient(self, config):
+        trainer = BaseStep(config, StepData(config))
+        torch.manual_seed(0)
+        (batch,) = trainer.to_device(raw_batch(trainer))
+        loss, _ = trainer.training_loss(batch)
+        loss.backward()
+        weight = trainer.model.cls[1].weight
+        assert weight.dtype == weight.grad.dtype == torch.float32
+        return trainer.amp_dtype, float(loss.detach()), weight.grad.flatten()
+
+    def test_bf16_runs_on_the_cpu_where_it_is_asked_for(self, voc_root, tmp_path):
+        exact = small_config(voc_root, tmp_path, freeze_bn=True)
+        rounded = small_config(voc_root, tmp_path, freeze_bn=True, amp_dtype="bf16")
+        kind, loss, gradient = self.gradient(exact)
+        rounded_kind, rounded_loss, rounded_gradient = self.gradient(rounded)
+        assert (kind, rounded_kind) == (torch.float32, torch.bfloat16)
+        assert rounded_loss != loss
+        assert rounded_loss == pytest.approx(loss, rel=0.02)
+        assert torch.cosine_similarity(gradient, rounded_gradient, dim=0) > 0.98
+
+    @pytest.mark.parametrize("changes", [{}, {"amp_dtype": "fp16"}, {"use_amp": False}])
+    def test_else_the_cpu_computes_in_float32(self, voc_root, tmp_path, changes):
+        config = small_config(voc_root, tmp_path, **changes)
+        assert BaseStep(config, StepData(config)).amp_dtype == torch.float32
+
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
