@@ -38,8 +38,11 @@ class Pasted:
     pastes: list[tuple[int, float, torch.Tensor]]
 
 
-def plain_pseudo_labels(labels, teacher, threshold):
-    """Labels with the teacher's confident classes: full-size float64 scores of the whole batch."""
+def plain_pseudo_labels(labels, teacher, threshold, ignore_thresh=None):
+    """Labels with the teacher's confident classes: full-size float64 scores of the whole batch.
+
+    With ignore_thresh, background that shows an old class with such a score is void.
+    """
     size = labels.shape[-2:]
     scores = F.interpolate(teacher.double(), size, mode="bilinear", align_corners=False).sigmoid()
     filled = labels.clone()
@@ -48,8 +51,12 @@ def plain_pseudo_labels(labels, teacher, threshold):
             for x in range(size[1]):
                 pixel = scores[n, :, y, x].tolist()
                 best = pixel.index(max(pixel))
-                if labels[n, y, x] == 0 and best > 0 and pixel[best] >= threshold:
+                if labels[n, y, x] != 0:
+                    continue
+                if best > 0 and pixel[best] >= threshold:
                     filled[n, y, x] = best
+                elif ignore_thresh is not None and any(p >= ignore_thresh for p in pixel[1:]):
+                    filled[n, y, x] = VOID
     return filled
 
 

@@ -536,6 +536,40 @@ class TestPseudoLabels:
         teacher[:, 1] = 3.5
         assert (pseudo_labels(labels, teacher, 0.7) == 1).all()
 
+    @pytest.mark.parametrize("ignore_thresh", [0.0, 0.3, 0.7, 0.9])
+    @pytest.mark.parametrize("seed", range(3))
+    def test_doubtful_ones_equal_the_plain_ones(self, seed, ignore_thresh):
+        labels, teacher = self.random_case(seed)
+        before = labels.clone()
+        certain = pseudo_labels(labels, teacher, 0.7)
+        found = pseudo_labels(labels, teacher, 0.7, ignore_thresh)
+        assert torch.equal(found, plain_pseudo_labels(labels, teacher, 0.7, ignore_thresh))
+        assert torch.equal(labels, before) and found.dtype == torch.uint8
+        changed = found != certain
+        assert changed.any() and (found[changed] == VOID).all() and (certain[changed] == 0).all()
+        if ignore_thresh == 0:
+            assert (found != 0).all()
+
+    def test_the_threshold_of_doubt_itself_is_enough(self):
+        labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
+        teacher = torch.full((1, 3, 2, 2), -9.0)
+        teacher[:, 2] = 0.4
+        score = float(torch.tensor(0.4).sigmoid())
+        assert (pseudo_labels(labels, teacher, 0.7, score) == VOID).all()
+        assert not pseudo_labels(labels, teacher, 0.7, score + 1e-6).any()
+        assert (pseudo_labels(labels, teacher, score, score) == 2).all()
+        assert not pseudo_labels(labels, teacher, 0.7, None).any()
+
+    def test_background_that_wins_is_ignored_where_an_old_class_scores_as_well(self):
+        labels = torch.tensor([0, 0, 5, VOID], dtype=torch.uint8).repeat(1, 8, 2)
+        teacher = torch.full((1, 3, 2, 2), -9.0)
+        teacher[:, 0] = 4.0
+        assert torch.equal(pseudo_labels(labels, teacher, 0.7, 0.5), labels)
+        teacher[:, 1] = 3.0
+        expected = torch.where(labels == 0, VOID, labels)
+        assert torch.equal(pseudo_labels(labels, teacher, 0.7, 0.5), expected)
+        assert torch.equal(pseudo_labels(labels, teacher, 0.7, 0.96), labels)
+
 
 def training_path(case, device):
     """Everything between the loader's batch and the gradient, in the order of a training step."""
@@ -551,7 +585,7 @@ def training_path(case, device):
     factor = torch.ones(3, device=device)
 
     def run():
-        labels = pseudo_labels(given, teacher, 0.7)
+        labels = pseudo_labels(given, teacher, 0.7, 0.5)
         composite = paste(normalize(images, given, replayed), given, labels, numbers, replayed)
 
         def parts_of(i, z):

@@ -404,7 +404,6 @@ class TestMixedPrecision:
         assert BaseStep(config, StepData(config)).amp_dtype == torch.float32
 
 
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -401,13 +402,15 @@ LOSSES = [
     {"pseudo_labels": False, "paste_on_replay": False, "fill_in": "next"},
     {"pseudo_labels": False, "replay": "none"},
     {"kd_mode": "none", "lambda_min": 0.5, "accumulate": 2},
+    {"pseudo_thresh": 0.92, "ignore_thresh": 0.8, "replay": "image"},
+    {"pseudo_thresh": 0.92, "ignore_thresh": 0.8},
 ]
 
 
 class TestLoss:
     @pytest.mark.parametrize("changes", LOSSES, ids=str)
     def test_loss_parts_and_gradients_equal_the_formula(self, step_1, float64, changes):
-        trainer = step_1(pseudo_thresh=0.2, **changes)
+        trainer = step_1(**{"pseudo_thresh": 0.2, **changes})
         with torch.no_grad():
             trainer.teacher.cls[0].bias.fill_(-3.0)
             trainer.teacher.cls[1].weight.normal_(std=0.3)
@@ -434,6 +437,39 @@ class TestLoss:
             difference = (found.grad[name] - gradient).abs().max()
             assert difference <= 1e-9 * max(1, gradient.abs().max()), name
 
+    def test_doubtful_background_counts_in_the_distillation_only(self, step_1, monkeypatch):
+        trainer = step_1(replay="none")
+        settings = trainer.config.hyperparameter
+        incremental_mode(trainer)
+        (batch,) = trainer.to_device(raw_batch(trainer))
+        scores = torch.full((len(batch.images), 16, 4, 4), -5.0)
+        scores[:, 3, :2] = 0.4  # a score of 0.6 in the upper half, 0.95 in a corner of the lower
+        scores[:, 7, 2:, 2:] = 3.0
+        monkeypatch.setattr(trainer, "teach", lambda images: scores)
+
+        def loss_and_gradient(batch, ignore_thresh):
+            settings.ignore_thresh = ignore_thresh
+            trainer.model.zero_grad()
+            loss, parts = trainer.training_loss(batch)
+            loss.backward()
+            assert loss.item() == pytest.approx(parts.sum().item() / batch.valid.item())
+            return *parts.tolist(), trainer.model.cls[1].weight.grad.clone()
+
+        full_size = best_old_scores(scores, batch.labels.shape[-2:])
+        doubtful = (batch.labels == 0) & (full_size >= 0.5) & (full_size < 0.7)
+        assert 0.1 < doubtful.float().mean() < 0.6
+        bce, kd, _ = loss_and_gradient(batch, None)
+        bce_without, kd_without, _ = loss_and_gradient(batch, 0.5)
+        assert kd_without == kd and 0 < bce_without < bce
+        # the same as void pixels, with the normaliser as it was
+        void = replace(batch, labels=torch.where(doubtful, 255, batch.labels))
+        bce_void, kd_void, _ = loss_and_gradient(void, None)
+        assert bce_without == bce_void and kd_void < kd
+        settings.kd = 0.0
+        _, _, gradient = loss_and_gradient(batch, 0.5)
+        _, _, gradient_void = loss_and_gradient(void, None)
+        assert gradient.any() and torch.equal(gradient, gradient_void)
+
     def test_a_batch_of_void_alone_has_a_loss_of_zero(self, step_1):
         trainer = step_1()
         raw = raw_batch(trainer)
@@ -454,6 +490,12 @@ class TestLoss:
         assert not same_state(state(trainer.model), before)
 
 
+def best_old_scores(teacher, size):
+    """Best score of a foreground class at full size, [N, H, W]."""
+    logits = torch.nn.functional.interpolate(teacher, size, mode="bilinear", align_corners=False)
+    return logits[:, 1:].amax(dim=1).sigmoid()
+
+
 def whole_batch(trainer, raw):
     """The batch in one piece."""
     trainer.config.trainer.accumulate = 1
@@ -465,10 +507,10 @@ def plain_loss(trainer, batch):
     hyper, size = trainer.config.hyperparameter, batch.images.shape[-2:]
     labels = batch.labels
     if hyper.pseudo_labels:
-        labels = plain_pseudo_labels(
-            labels, trainer.teacher(batch.images, upsample=False), hyper.pseudo_thresh
-        )
-        assert (labels != batch.labels).any()
+        teacher = trainer.teacher(batch.images, upsample=False)
+        labels = plain_pseudo_labels(labels, teacher, hyper.pseudo_thresh, hyper.ignore_thresh)
+        assert ((labels != batch.labels) & (labels != 255)).any()
+        assert ((labels == 255) & (batch.labels == 0)).any() == (hyper.ignore_thresh is not None)
     images, classes = batch.images, torch.zeros(len(labels), 0, dtype=torch.int64)
     weights = torch.zeros(len(labels), 0, *size)
     soft = reference.soft_labels(labels, classes, weights, 17)
@@ -520,6 +562,7 @@ CHOICES = [
     {"kd": 0.0},
     {"pseudo_labels": False},
     {"ac": 1.0},
+    {"ignore_thresh": 0.5},
     {"replay": "none", "kd_mode": "none", "pseudo_labels": False},
     {"class_combination": False, "position": False, "fusion": False},
     {"pastes": 1, "fill_in": "none", "max_upscale": 1.0, "paste_augment": False},
