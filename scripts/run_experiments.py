@@ -11,6 +11,8 @@ import argparse
 import concurrent.futures
 import contextlib
 import fcntl
+import functools
+import itertools
 import json
 import os
 import queue
@@ -26,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_loader.tasks import Task, get_task
 from scripts.results import row, write_results
-from utils.arguments import parse_train
+from utils.arguments import read_train
 from utils.checkpoint import final_checkpoint
 from utils.config import Config
 from utils.config_file import differences, load_config
@@ -98,27 +100,28 @@ def _folder_name(method):
 def plan(experiment: dict, save_dir: str) -> tuple[list[Run], list[Run]]:
     """The runs of step 0 and all others; every flag of every call is checked on the way."""
     bases, others = [], []
-    for seed in experiment["seeds"]:
-        for name in experiment["tasks"]:
-            task = get_task(name, experiment["setting"])
-
-            def make(method, steps, flags, base=None, task=task, trained=None, seed=seed):
-                calls = [
-                    _call(experiment, save_dir, trained or task, method, seed, step, flags)
-                    for step in steps
-                ]
-                configs = [parse_train(call)[0] for call in calls]
-                return Run(method, task, seed, calls, configs, base)
-
-            base = make("step0", [0], experiment["step_0"])
-            bases.append(base)
-            for method, flags in experiment["methods"].items():
-                later = f"{experiment['later']} {flags}"
-                others.append(make(method, range(1, len(task.steps)), later, base))
-            if experiment["joint"]:
-                joint = get_task("joint", experiment["setting"])
-                others.append(make("joint", [0], experiment["joint"], trained=joint))
+    for seed, name in itertools.product(experiment["seeds"], experiment["tasks"]):
+        task = get_task(name, experiment["setting"])
+        make = functools.partial(_make_run, experiment, save_dir, seed, task)
+        base = make("step0", experiment["step_0"], task, [0])
+        bases.append(base)
+        for method, flags in experiment["methods"].items():
+            flags, steps = f"{experiment['later']} {flags}", range(1, len(task.steps))
+            others.append(make(method, flags, task, steps, base))
+        if experiment["joint"]:
+            joint = get_task("joint", experiment["setting"])
+            others.append(make("joint", experiment["joint"], joint, [0]))
     return bases, others
+
+
+def _make_run(experiment, save_dir, seed, task, method, flags, trained, steps, base=None):
+    """The run of a method on a task; `trained` is the task of its calls."""
+    calls = [_call(experiment, save_dir, trained, method, seed, step, flags) for step in steps]
+    try:
+        configs = [read_train(call)[0] for call in calls]
+    except UserError as error:
+        raise UserError(f"{method}: {error}") from None
+    return Run(method, task, seed, calls, configs, base)
 
 
 def _call(experiment, save_dir, task, method, seed, step, flags):

@@ -31,8 +31,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
 
-def _parser(description: str) -> _Parser:
-    parser = _Parser(description=description, allow_abbrev=False)
+def _parser(program: str, description: str) -> _Parser:
+    parser = _Parser(program, description=description, allow_abbrev=False)
     parser.add_argument(
         "-c",
         "--config",
@@ -67,14 +67,15 @@ def select_devices(device: str | None) -> None:
 def parse_train(arguments: list[str] | None = None) -> tuple[Config, Run]:
     """Configuration and request of a call of train_voc.py; bad input ends the process."""
     try:
-        return _parse_train(sys.argv[1:] if arguments is None else arguments)
+        return read_train(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         exit_with(error)
 
 
-def _parse_train(arguments):
+def read_train(arguments: list[str]) -> tuple[Config, Run]:
+    """The same, but bad input raises UserError."""
     config, ignored = load_config(_find(("-c", "--config"), arguments) or DEFAULT_CONFIG)
-    parser = _parser("Train one step of a continual segmentation task, then evaluate it.")
+    parser = _parser("train_voc.py", "Train one step of a continual task, then evaluate it.")
     parser.add_argument(
         "-r",
         "--resume",
@@ -117,7 +118,7 @@ def _parse_eval(arguments):
     if not given and not beside.is_file():
         raise UserError(f"no config.json beside {checkpoint}: give the configuration with -c")
     config, ignored = load_config(given or beside)
-    parser = _parser("Evaluate a checkpoint on the test images of its step.")
+    parser = _parser("eval_voc.py", "Evaluate a checkpoint on the test images of its step.")
     parser.add_argument(
         "-r", "--resume", metavar="PATH", required=not wants_help, help="checkpoint to evaluate"
     )
