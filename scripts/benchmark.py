@@ -440,6 +440,8 @@ def _iteration_rows(args, trainer, raw):
     title = f"{args.backbone}, crop {images.shape[-1]}, batch {n}"
     whole = f"{kind}: iteration, data from {args.data}"
     rows = compare("step", {f"{kind}: bare networks, {title}": networks, whole: iteration}, args)
+    rates = (n / seconds for seconds in (rows[1].median, rows[1].high, rows[1].low))
+    rows.append(Row("step", f"{kind}: images per second", "/s", *rates, args.repeats))
     if trainer.data.step:
         slow = measure("step", f"{kind}: image by image", _plain_iteration(trainer, raw), args)
         rows += [slow, ratio("step", f"{kind}: image by image / iteration", slow, rows[1])]
