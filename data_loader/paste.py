@@ -123,31 +123,40 @@ def cell_size(settings: Paste, crop_size: int) -> int:
     return max(1, settings.cell * crop_size // 512)
 
 
-def pseudo_labels(
-    labels: torch.Tensor,
-    teacher: torch.Tensor,
-    threshold: float,
-    ignore_thresh: float | None = None,
-) -> torch.Tensor:
+def pseudo_labels(labels: torch.Tensor, teacher: torch.Tensor, threshold: float) -> torch.Tensor:
     """Labels uint8 [N, H, W] in which background takes the teacher's confident classes.
 
     teacher: logits [N, S, h, w] at stride 16. A background pixel takes the arg max channel of the
-    sigmoid scores if that is foreground and its score reaches the threshold (METHOD 5, 1). With
-    ignore_thresh, other background pixels whose best foreground score reaches it become void.
+    sigmoid scores if that is foreground and its score reaches the threshold (METHOD 5, 1).
     Goes image by image, so that full-size logits of the batch never exist together.
     """
     filled = torch.empty_like(labels)
     for i, label in enumerate(labels):
-        logits = teacher[i : i + 1].float()
-        logits = F.interpolate(logits, size=label.shape, mode="bilinear", align_corners=False)
-        best, channel = logits[0].max(dim=0)
+        best, channel = _full_size(teacher[i], label.shape).max(dim=0)
         confident = (label == 0) & (channel > 0) & (best.sigmoid() >= threshold)
         filled[i] = torch.where(confident, channel.to(labels.dtype), label)
-        if ignore_thresh is not None:
-            score = logits[0, 1:].amax(dim=0).sigmoid()
-            doubtful = (label == 0) & ~confident & (score >= ignore_thresh)
-            filled[i].masked_fill_(doubtful, VOID)
     return filled
+
+
+def ignore_doubtful(
+    labels: torch.Tensor, teacher: torch.Tensor, threshold: float, weights: torch.Tensor
+) -> torch.Tensor:
+    """Labels uint8 [N, H, W] in which background that may be an old class is void.
+
+    Background without a pseudo label, whose best foreground score reaches the threshold and where no
+    instance was pasted (weights float [N, K, H, W]), is void. teacher as in pseudo_labels.
+    """
+    kept = torch.empty_like(labels)
+    for i, label in enumerate(labels):
+        score = _full_size(teacher[i], label.shape)[1:].amax(dim=0).sigmoid()
+        free = (label == 0) & (weights[i].sum(dim=0) == 0)
+        kept[i] = torch.where(free & (score >= threshold), VOID, label)
+    return kept
+
+
+def _full_size(logits, size):
+    """Logits [S, H, W] of one image in float32."""
+    return F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0]
 
 
 class PasteAugmentation:

@@ -87,25 +87,28 @@ def measure(
 
 def compare(
     part: str,
-    works: dict[str, Callable[[], object]],
+    under: tuple[str, Callable[[], object]],
+    over: tuple[str, Callable[[], object]],
     args: argparse.Namespace,
     unit: str = "s",
     items: int = 1,
 ) -> list[Row]:
-    """Time two works in turn, and the second's time over the first's.
+    """Time two named works and their quotient, `over` between two halves of `under`.
 
-    Neighbours meet the same machine: the quotient is taken of each pair, so that what else goes on
-    there matters less than between two measurements one after the other.
+    So a drift of the machine's speed cancels, while calls of the same work follow each other without
+    a break in which a loader's workers could get ahead.
     """
-    peaks = [_warm_up(work, args) for work in works.values()]
-    times = np.array([[_seconds(work) for work in works.values()] for _ in range(args.repeats)])
-    (first, *_), (second, *_) = (name.split(",") for name in works)
+    peaks = [_warm_up(work, args) for _, work in (under, over)]
+    half = -(-args.repeats // 2)
+    low = [_seconds(under[1]) for _ in range(half)]
+    high = [_seconds(over[1]) for _ in range(args.repeats)]
+    low += [_seconds(under[1]) for _ in range(half)]
     rows = [
-        _row(part, name, column, unit, items, peak)
-        for name, column, peak in zip(works, times.T, peaks, strict=True)
+        _row(part, name, times, unit, items, peak)
+        for (name, _), times, peak in zip((under, over), (low, high), peaks, strict=True)
     ]
-    quotients = times[:, 1] / times[:, 0]
-    return [*rows, _row(part, f"{second} / {first}", quotients, "x")]
+    names = (name.split(",")[0] for name in (over[0], under[0]))
+    return [*rows, ratio(part, " / ".join(names), rows[1], rows[0])]
 
 
 def _warm_up(work, args, before=lambda: None):
@@ -117,9 +120,9 @@ def _warm_up(work, args, before=lambda: None):
     return peak_memory() - taken
 
 
-def _row(part, name, values, unit, items=1, peak=None):
-    factor = {"s": 1, "ms": 1000, "x": 1}[unit] / items
-    values = [float(value) * factor for value in values]
+def _row(part, name, seconds, unit, items, peak):
+    factor = {"s": 1, "ms": 1000}[unit] / items
+    values = [value * factor for value in seconds]
     spread = statistics.median(values), min(values), max(values)
     return Row(part, name, unit, *spread, len(values), peak)
 
@@ -293,8 +296,8 @@ def evaluation(args: argparse.Namespace) -> list[Row]:
 
         title = f"{args.backbone}, crop {args.eval_crop}, per image"
         n = len(dataset)
-        works = {f"bare forward, {title}": forward, f"evaluation, {title}": loop}
-        return compare("eval", works, args, "ms", n)
+        bare, whole = (f"bare forward, {title}", forward), (f"evaluation, {title}", loop)
+        return compare("eval", bare, whole, args, "ms", n)
 
 
 def _evaluation_data(args, root):
@@ -438,8 +441,9 @@ def _iteration_rows(args, trainer, raw):
         freeze_bn(trainer.model)
     n = len(images)
     title = f"{args.backbone}, crop {images.shape[-1]}, batch {n}"
-    whole = f"{kind}: iteration, data from {args.data}"
-    rows = compare("step", {f"{kind}: bare networks, {title}": networks, whole: iteration}, args)
+    bare = f"{kind}: bare networks, {title}", networks
+    whole = f"{kind}: iteration, data from {args.data}", iteration
+    rows = compare("step", bare, whole, args)
     rates = (n / seconds for seconds in (rows[1].median, rows[1].high, rows[1].low))
     rows.append(Row("step", f"{kind}: images per second", "/s", *rates, args.repeats))
     if trainer.data.step:
@@ -699,7 +703,7 @@ def main(argv: list[str] | None = None) -> int:
         "--amp_dtype",
         choices=("auto", "bf16", "fp16"),
         default="auto",
-        help="mixed precision of the part step (%(default)s: on a GPU only)",
+        help="mixed precision of training (%(default)s: on a GPU only)",
     )
     for flag, (default, text) in FLAGS.items():
         parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")

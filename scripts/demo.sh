@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # A whole task on synthetic data with a tiny network, on the CPU in minutes: draws the data, trains the
-# three steps of 10-5 with EIR and, from the same step 0, by fine-tuning, and shows EIR's table over steps,
-# a sheet of its composites, and the comparison of the two.
+# three steps of 10-5 with EIR and, from the same step 0, by fine-tuning; draws a sheet of EIR's
+# composites, and ends with the two side by side: tables, and figures of IoU over steps.
 # What was interrupted goes on, what is finished stays; delete _saved_synthetic to train anew.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATA=data/synthetic
-SAVE_DIR=_saved_synthetic
-EIR=$SAVE_DIR/models/overlap_10-5_EIR-seed1
+RUNS=_saved_synthetic
+EIR=$RUNS/models/overlap_10-5_EIR-seed1
 JOBS=$(($(nproc 2>/dev/null || echo 1) > 1 ? 2 : 1))
 
 if [ ! -d "$DATA" ]; then
@@ -19,7 +19,6 @@ if [ ! -d "$DATA" ]; then
 fi
 echo "data        $DATA"
 
-"$PYTHON" scripts/run_experiments.py configs/experiments/demo.json --save_dir "$SAVE_DIR" --jobs "$JOBS"
-"$PYTHON" scripts/report.py "$EIR"
-"$PYTHON" scripts/preview_replay.py --output "$EIR/preview.png" -c "$EIR/step_1/config.json"
-"$PYTHON" scripts/report.py "$SAVE_DIR/demo"
+"$PYTHON" scripts/run_experiments.py configs/experiments/demo.json --jobs "$JOBS"
+"$PYTHON" scripts/preview_replay.py --output "$EIR/preview.png" -c "$EIR/step_2/config.json"
+"$PYTHON" scripts/report.py "$RUNS/demo"

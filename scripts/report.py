@@ -117,6 +117,14 @@ def comparison_table(comparison: Comparison) -> str:
     return "\n".join(text)
 
 
+def steps_table(comparison: Comparison) -> str:
+    """A Markdown table of the mean IoU of all classes learned so far: a row per method, by step."""
+    rows = [["all, after step", *map(str, range(comparison.last + 1))]]
+    for method in comparison.incremental:
+        rows.append([method, *map(mean_and_deviation, comparison.values(method, "all").T)])
+    return "\n".join([*_markdown(rows), ""])
+
+
 def _cells(comparison, method):
     """Means over seeds, in the order of HEADER."""
     numbers = [comparison.values(method, group)[:, -1] for group in GROUPS.values()]
@@ -157,6 +165,9 @@ def report_experiments(folder: Path) -> None:
         print(f"\n{table}", end="")
         text += f"\n{table}"
         if comparison.incremental:
+            over_steps = steps_table(comparison)
+            print(f"\n{over_steps}", end="")
+            text += f"\n{over_steps}"
             for title, path in draw_comparison(comparison, folder).items():
                 text += f"\n![{title}]({path.name})\n"
     (folder / "report.md").write_text(text, encoding="utf-8")

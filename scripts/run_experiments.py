@@ -1,10 +1,11 @@
 """Run methods x tasks x seeds from a JSON file, and collect their results in one CSV.
 
+python scripts/make_synthetic_voc.py --output data/synthetic
 python scripts/run_experiments.py configs/experiments/methods.json --jobs 2
 
 Each step of each run is one call of train_voc.py. Step 0 is trained once for each task and seed and
 shared by all methods. Finished steps are skipped and a broken one goes on, so that this can be
-stopped at any time and called again.
+stopped at any time and called again. LAUNCHER starts a step: "python", or torchrun with its own flags.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import itertools
 import json
 import os
 import queue
+import re
 import shlex
 import signal
 import subprocess
@@ -26,6 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
 from scripts.results import row, write_results
 from utils.arguments import read_train
@@ -36,6 +39,7 @@ from utils.errors import UserError, exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
+    "save_dir": "the folder of the runs; experiments that share runs share it",
     "config": "the configuration file of all runs",
     "tasks": "a list of names of tasks, one at least",
     "setting": "overlap, disjoint or sequential",
@@ -46,6 +50,7 @@ KEYS = {
     "joint": "further flags for the joint training, '' for none of it",
     "methods": "an object of names and their flags for steps >= 1, one at least",
 }
+RESERVED = ("--config", "--device", "--overwrite", "--test", "--prev_checkpoint")
 SEVERAL = {"tasks": (list, str), "seeds": (list, int), "methods": (dict, str)}
 
 
@@ -137,7 +142,7 @@ def _call(experiment, save_dir, task, method, seed, step, flags):
     }
     further = _split(f"{experiment['flags']} {flags}")
     for word in further:
-        if word.partition("=")[0] in words:
+        if re.match(r"-[a-z]", word) or word.partition("=")[0] in {*words, *RESERVED}:
             raise UserError(f"{method}: {word} is not a flag to give here, the experiment sets it")
     return [*(str(word) for pair in words.items() for word in pair), *further]
 
@@ -158,7 +163,7 @@ def is_finished(config: Config) -> bool:
     if changed:
         raise UserError(
             f"{folder} holds a finished step with other settings ({', '.join(changed)}): give another "
-            "--save_dir, or remove it"
+            "--save_dir"
         )
     return True
 
@@ -198,6 +203,7 @@ class Runner:
         """One call of train_voc.py in a free slot; its output goes to a log."""
         slot = self.slots.get()
         log = self.log_dir / f"{config.step_dir().parent.name}_{config.task.step}.txt"
+        _say(f"started     {run.title}, step {config.task.step}: {log}")
         try:
             with open(log, "ab") as file:
                 process = subprocess.Popen(
@@ -205,26 +211,35 @@ class Runner:
                     env={**os.environ, **slot},
                     stdout=file,
                     stderr=subprocess.STDOUT,
+                    start_new_session=True,
                     pass_fds=[self.lock],  # who holds it, this process or one it left, is at work
                 )
-                self.processes.add(process)
-                if self.stopping:
-                    process.terminate()
-                code = process.wait()
-                self.processes.remove(process)
+            self.processes.add(process)
+            if self.stopping:
+                self.stop()
+            code = process.wait()
+            self.processes.remove(process)
+        except OSError as error:
+            raise UserError(f"cannot start {self.launcher[0]}: {error}") from None
         finally:
             self.slots.put(slot)
         if code and not self.stopping:
             last = log.read_text(errors="replace").strip().splitlines()[-1:]
             raise UserError(f"step {config.task.step} ended with code {code}: {' '.join(last)} ({log})")
         if not code:
-            print(f"finished    {run.title}, step {config.task.step}", flush=True)
+            _say(f"finished    {run.title}, step {config.task.step}")
 
     def stop(self) -> None:
         """End what is running; it goes on from its last epoch next time."""
         self.stopping = True
         for process in list(self.processes):
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGTERM)  # its loader workers too
+
+
+def _say(line):
+    sys.stdout.write(f"{line}\n")  # in one piece, also from several threads
+    sys.stdout.flush()
 
 
 def _model(base: Run) -> Path:
@@ -249,7 +264,7 @@ def run_all(bases: list[Run], others: list[Run], runner: Runner, results: Callab
                     if done.result() is not None:
                         failed.append(runs[done])
                     results()
-        except KeyboardInterrupt:
+        except BaseException:
             runner.stop()
             pool.shutdown(cancel_futures=True)
             raise
@@ -285,11 +300,19 @@ def lock(folder: Path) -> int:
 
 def make_slots(jobs: int, gpus: str | None) -> list[dict[str, str]]:
     """The environment of each of the runs that go on at a time."""
-    if gpus:
-        return [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in gpus.split(",")]
-    if jobs == 1:
-        return [{}]
-    return [{"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))}] * jobs
+    if gpus is not None:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        names = visible.split(",") if visible else None
+        try:
+            indices = [int(gpu) for gpu in gpus.split(",")]
+            return [{"CUDA_VISIBLE_DEVICES": names[i] if names else str(i)} for i in indices]
+        except (ValueError, IndexError):
+            seen = f" of CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+            raise UserError(f"--gpus is {gpus!r}; give indices{seen} such as 0 or 0,1") from None
+    if jobs < 1:
+        raise UserError(f"--jobs is {jobs}; it must be at least 1")
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
+    return [{"OMP_NUM_THREADS": threads}] * jobs if jobs > 1 else [{}]
 
 
 def choose(experiment: dict, path: Path, seeds: list | None, methods: list | None) -> Callable:
@@ -308,14 +331,14 @@ def _main(arguments):
     path = arguments.experiment
     experiment = read_experiment(path)
     asked_for = choose(experiment, path, arguments.seeds, arguments.methods)
-    if arguments.jobs < 1:
-        raise UserError(f"--jobs is {arguments.jobs}; it must be at least 1")
-    bases, others = plan(experiment, arguments.save_dir)
-    folder = Path(arguments.save_dir).expanduser()
+    slots = make_slots(arguments.jobs, arguments.gpus)
+    save_dir = arguments.save_dir or experiment["save_dir"]
+    bases, others = plan(experiment, save_dir)
+    folder = Path(save_dir).expanduser()
     results = (arguments.output or folder / path.stem) / "results.csv"
     held = lock(folder)
     (folder / "calls").mkdir(exist_ok=True)
-    runner = Runner(make_slots(arguments.jobs, arguments.gpus), held, folder / "calls")
+    runner = Runner(slots, held, folder / "calls")
     # the joint training of a seed is the same for all tasks
     todo = {run.configs[0].step_dir(): run for run in filter(asked_for, others)}
     failures = run_all(
@@ -331,14 +354,15 @@ def _main(arguments):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("experiment", type=Path, help="JSON file; configs/experiments has some")
-    parser.add_argument("--save_dir", default="_saved_experiments", help="folder of the runs")
+    parser.add_argument("--save_dir", help="folder of the runs, instead of the experiment's")
     parser.add_argument(
         "--output", type=Path, help="folder of results.csv (default: <save_dir>/<experiment's name>)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these of the experiment's seeds")
     parser.add_argument("--methods", nargs="+", help="run only these of its methods")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
-    parser.add_argument("--gpus", help="such as 0,1,2: a run at a time on each of these GPUs")
+    places = parser.add_mutually_exclusive_group()
+    places.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
+    places.add_argument("--gpus", help="such as 0,1,2: a run at a time on each of these GPUs")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         failures = _main(parser.parse_args())

@@ -3,7 +3,13 @@
 import torch
 
 from data_loader.dataset import TrainDataset
-from data_loader.paste import Bank, Composite, PasteAugmentation, pseudo_labels
+from data_loader.paste import (
+    Bank,
+    Composite,
+    PasteAugmentation,
+    ignore_doubtful,
+    pseudo_labels,
+)
 from models.deeplabv3 import DeepLabV3, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
 from trainer.base import Batch, Trainer, check_order
@@ -69,10 +75,11 @@ class IncrementalStep(Trainer):
         labels, teacher_logits = batch.labels, None
         if settings.pseudo_labels:
             teacher_logits = self.teach(batch.images)
-            labels = pseudo_labels(
-                batch.labels, teacher_logits, settings.pseudo_thresh, settings.ignore_thresh
-            )
+            labels = pseudo_labels(batch.labels, teacher_logits, settings.pseudo_thresh)
         composite = self.compose(batch, labels)
+        if settings.pseudo_labels and settings.ignore_thresh is not None:
+            weights = composite.weights
+            labels = ignore_doubtful(labels, teacher_logits, settings.ignore_thresh, weights)
         distils = settings.kd_mode != "none" and settings.kd > 0
         if distils and (self.paste or teacher_logits is None):
             teacher_logits = self.teach(composite.images)

@@ -165,8 +165,8 @@ class Hyperparameter:
     pseudo_thresh: float = option(0.7, "score from which a pseudo label is taken", low=0, high=1)
     ignore_thresh: float | None = option(
         None,
-        "score of an old class from which background without a pseudo label does not count in the "
-        "BCE; none: it counts as background",
+        "with pseudo labels: score of an old class from which background that has none, and no "
+        "instance on it, is left out of the BCE; none: it counts as background",
         low=0,
         high=1,
     )

@@ -5,6 +5,7 @@ started. Without CUDA the group is gloo.
 """
 
 import os
+import re
 import resource
 import socket
 import sys
@@ -103,9 +104,11 @@ def peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")
-    if status.exists():
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    highest = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "")
+    if highest:
+        return int(highest[1]) / 2**10
+    unit = 1 if sys.platform == "darwin" else 2**10  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 
 
 def rank() -> int:

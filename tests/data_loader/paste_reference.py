@@ -38,26 +38,34 @@ class Pasted:
     pastes: list[tuple[int, float, torch.Tensor]]
 
 
-def plain_pseudo_labels(labels, teacher, threshold, ignore_thresh=None):
-    """Labels with the teacher's confident classes: full-size float64 scores of the whole batch.
+def plain_pseudo_labels(labels, teacher, threshold):
+    """Labels with the teacher's confident classes: full-size float64 scores of the whole batch."""
+    filled = labels.clone()
+    for n, y, x, pixel in _scores(labels, teacher):
+        best = pixel.index(max(pixel))
+        if labels[n, y, x] == 0 and best > 0 and pixel[best] >= threshold:
+            filled[n, y, x] = best
+    return filled
 
-    With ignore_thresh, background that shows an old class with such a score is void.
-    """
+
+def plain_ignore_doubtful(labels, teacher, threshold, weights):
+    """Labels in which background without an instance that may show an old class is void."""
+    kept = labels.clone()
+    for n, y, x, pixel in _scores(labels, teacher):
+        free = labels[n, y, x] == 0 and not weights[n, :, y, x].any()
+        if free and any(score >= threshold for score in pixel[1:]):
+            kept[n, y, x] = VOID
+    return kept
+
+
+def _scores(labels, teacher):
+    """Each pixel's image, row, column and scores."""
     size = labels.shape[-2:]
     scores = F.interpolate(teacher.double(), size, mode="bilinear", align_corners=False).sigmoid()
-    filled = labels.clone()
     for n in range(len(labels)):
         for y in range(size[0]):
             for x in range(size[1]):
-                pixel = scores[n, :, y, x].tolist()
-                best = pixel.index(max(pixel))
-                if labels[n, y, x] != 0:
-                    continue
-                if best > 0 and pixel[best] >= threshold:
-                    filled[n, y, x] = best
-                elif ignore_thresh is not None and any(p >= ignore_thresh for p in pixel[1:]):
-                    filled[n, y, x] = VOID
-    return filled
+                yield n, y, x, scores[n, :, y, x].tolist()
 
 
 def plain_paste(settings, crop, memory, channels, total, images, given, labels, numbers, replayed):

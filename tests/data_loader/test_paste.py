@@ -11,13 +11,21 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data_loader.dataset import normalize
-from data_loader.paste import Bank, Numbers, PasteAugmentation, cell_size, pseudo_labels
+from data_loader.paste import (
+    Bank,
+    Numbers,
+    PasteAugmentation,
+    cell_size,
+    ignore_doubtful,
+    pseudo_labels,
+)
 from data_loader.voc import read_label
 from models.losses import auxiliary_sum, bce_sum, distillation_sum, sum_over_images
 from tests.data_loader.paste_reference import (
     Stored,
     Waits,
     no_waiting,
+    plain_ignore_doubtful,
     plain_paste,
     plain_pseudo_labels,
 )
@@ -536,39 +544,31 @@ class TestPseudoLabels:
         teacher[:, 1] = 3.5
         assert (pseudo_labels(labels, teacher, 0.7) == 1).all()
 
-    @pytest.mark.parametrize("ignore_thresh", [0.0, 0.3, 0.7, 0.9])
+    @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 0.9])
     @pytest.mark.parametrize("seed", range(3))
-    def test_doubtful_ones_equal_the_plain_ones(self, seed, ignore_thresh):
+    def test_doubtful_ones_equal_the_plain_ones(self, seed, threshold):
         labels, teacher = self.random_case(seed)
         before = labels.clone()
-        certain = pseudo_labels(labels, teacher, 0.7)
-        found = pseudo_labels(labels, teacher, 0.7, ignore_thresh)
-        assert torch.equal(found, plain_pseudo_labels(labels, teacher, 0.7, ignore_thresh))
+        g = torch.Generator().manual_seed(seed)
+        weights = torch.rand(len(labels), 2, *labels.shape[1:], generator=g)
+        weights *= torch.rand(weights.shape, generator=g) < 0.2
+        found = ignore_doubtful(labels, teacher, threshold, weights)
+        assert torch.equal(found, plain_ignore_doubtful(labels, teacher, threshold, weights))
         assert torch.equal(labels, before) and found.dtype == torch.uint8
-        changed = found != certain
-        assert changed.any() and (found[changed] == VOID).all() and (certain[changed] == 0).all()
-        if ignore_thresh == 0:
-            assert (found != 0).all()
+        changed = found != labels
+        assert changed.any() and (found[changed] == VOID).all() and (labels[changed] == 0).all()
+        covered = (labels == 0) & weights.any(dim=1)
+        assert covered.any() and not found[covered].any()
 
     def test_the_threshold_of_doubt_itself_is_enough(self):
-        labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
-        teacher = torch.full((1, 3, 2, 2), -9.0)
-        teacher[:, 2] = 0.4
-        score = float(torch.tensor(0.4).sigmoid())
-        assert (pseudo_labels(labels, teacher, 0.7, score) == VOID).all()
-        assert not pseudo_labels(labels, teacher, 0.7, score + 1e-6).any()
-        assert (pseudo_labels(labels, teacher, score, score) == 2).all()
-        assert not pseudo_labels(labels, teacher, 0.7, None).any()
-
-    def test_background_that_wins_is_ignored_where_an_old_class_scores_as_well(self):
         labels = torch.tensor([0, 0, 5, VOID], dtype=torch.uint8).repeat(1, 8, 2)
         teacher = torch.full((1, 3, 2, 2), -9.0)
-        teacher[:, 0] = 4.0
-        assert torch.equal(pseudo_labels(labels, teacher, 0.7, 0.5), labels)
-        teacher[:, 1] = 3.0
+        teacher[:, 0], teacher[:, 2] = 4.0, 0.4  # the background's own score does not matter
+        score = float(torch.tensor(0.4).sigmoid())
+        nothing = torch.zeros(1, 0, 8, 8)
         expected = torch.where(labels == 0, VOID, labels)
-        assert torch.equal(pseudo_labels(labels, teacher, 0.7, 0.5), expected)
-        assert torch.equal(pseudo_labels(labels, teacher, 0.7, 0.96), labels)
+        assert torch.equal(ignore_doubtful(labels, teacher, score, nothing), expected)
+        assert torch.equal(ignore_doubtful(labels, teacher, score + 1e-6, nothing), labels)
 
 
 def training_path(case, device):
@@ -585,8 +585,9 @@ def training_path(case, device):
     factor = torch.ones(3, device=device)
 
     def run():
-        labels = pseudo_labels(given, teacher, 0.7, 0.5)
+        labels = pseudo_labels(given, teacher, 0.7)
         composite = paste(normalize(images, given, replayed), given, labels, numbers, replayed)
+        labels = ignore_doubtful(labels, teacher, 0.5, composite.weights)
 
         def parts_of(i, z):
             weights = composite.weights[i]

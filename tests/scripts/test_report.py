@@ -56,12 +56,13 @@ def report(folder: Path, capsys) -> str:
     return capsys.readouterr().out
 
 
-def tables(text: str) -> list[dict[str, dict[str, str]]]:
-    """The Markdown tables: method -> column -> cell."""
+def tables(text: str, first: str = "method") -> list[dict[str, dict[str, str]]]:
+    """The Markdown tables with that first column: method -> column -> cell."""
     found = []
     for block in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
         header, _, *rows = ([c.strip() for c in x.strip("|").split("|")] for x in block.splitlines())
-        found.append({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
+        if header[0] == first:
+            found.append({row[0]: dict(zip(header[1:], row[1:], strict=True)) for row in rows})
     return found
 
 
@@ -94,6 +95,11 @@ class TestTable:
             "memory KiB": "2.0 ± 1.4",
             "seeds": "2",
         }
+
+    def test_the_mean_of_all_over_steps(self, two_seeds, capsys):
+        [table] = tables(report(two_seeds, capsys), "all, after step")
+        assert list(table) == ["EIR"] and list(table["EIR"]) == ["0", "1", "2"]
+        assert table["EIR"]["2"] == "50.0 ± 0.0"
 
     def test_joint_has_no_forgetting_and_no_memory(self, two_seeds, capsys):
         [table] = tables(report(two_seeds, capsys))

@@ -17,11 +17,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from data_loader.data_loaders import cores
 from data_loader.tasks import CLASS_NAMES, get_task
 from scripts.results import COLUMNS, group_means, row, write_results
-from scripts.run_experiments import choose, collect, main, plan, read_experiment
+from scripts.run_experiments import choose, collect, main, make_slots, plan, read_experiment
 from tests.helpers import PROJECT, error_line, run_script, small_config, snapshot
 from utils.checkpoint import read_checkpoint
+from utils.errors import UserError
 
 GROUPS = {"old": "old", "new": "new", "all": "overall", "hIoU": "harmonic"}
 METHODS = {"image replay": "--replay image", "EIR": ""}
@@ -36,6 +38,7 @@ class Place:
 
     def write(self, **changes) -> None:
         content = {
+            "save_dir": "another",
             "config": "configs/config_synthetic.json",
             "tasks": ["10-10"],
             "setting": "overlap",
@@ -43,7 +46,7 @@ class Place:
             "flags": shlex.join(["--data_root", str(self.root), "--crop_size", "32"])
             + " --num_workers 0 --mem_size 8",
             "step_0": "--epochs 2",
-            "later": "--epochs 5 --freeze_bn",
+            "later": "--epochs 10 --freeze_bn",
             "joint": "--epochs 1",
             "methods": METHODS,
             **changes,
@@ -133,6 +136,17 @@ def call(monkeypatch, capsys):
     signal.signal(signal.SIGTERM, handler)
 
 
+def ended(output):
+    """What the runner says of runs that have ended."""
+    return [line for line in output.splitlines() if not line.startswith("started ")]
+
+
+def children(pid):
+    """Processes that a process has started."""
+    lists = Path(f"/proc/{pid}/task").glob("*/children")
+    return [int(child) for path in lists for child in path.read_text().split()]
+
+
 def metrics_of(folder):
     return json.loads((folder / "metrics.json").read_text())["Mean_Intersection_over_Union"]
 
@@ -147,18 +161,21 @@ def wait_for(condition, process=None):
 
 
 def same_model(one, other):
-    a, b = (read_checkpoint(folder / "checkpoint-epoch5.pth")["state_dict"] for folder in (one, other))
+    a, b = (read_checkpoint(folder / "checkpoint-epoch10.pth")["state_dict"] for folder in (one, other))
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 class TestWholeExperiment:
     def test_what_is_said(self, finished):
-        lines = finished.said.stdout.splitlines()
+        lines = ended(finished.said.stdout)
         titles = ["step0, step 0", "image replay, step 1", "EIR, step 1", "joint, step 0"]
         assert lines[0] == "finished    10-10 overlap, seed 1, step0, step 0"
         assert set(lines[:-1]) == {f"finished    10-10 overlap, seed 1, {title}" for title in titles}
         assert lines[-1] == f"results     {finished.saved}/tiny/results.csv" and len(lines) == 5
         assert finished.said.stderr == ""
+        started = [x for x in finished.said.stdout.splitlines() if x.startswith("started ")]
+        logs = {Path(line.rpartition(": ")[2]) for line in started}
+        assert logs == set((finished.saved / "calls").iterdir()) and len(started) == 4
 
     def test_step_0_is_trained_once(self, finished):
         names = {f"{p.parent.name}/{p.name}" for p in (finished.saved / "models").glob("*/*")}
@@ -169,7 +186,7 @@ class TestWholeExperiment:
             "overlap_joint_joint-seed1/step_0",
         }
         said = (finished.saved / "calls" / "overlap_10-10_EIR-seed1_1.txt").read_text()
-        assert "8 entries" in said and "epoch 5/5" in said
+        assert "8 entries" in said and "epoch 10/10" in said
 
     def test_rows_and_columns(self, finished):
         header = (finished.saved / "tiny" / "results.csv").read_text().splitlines()[0]
@@ -245,17 +262,17 @@ class TestKilled:
         wait_for((place.step("EIR") / "last.pth").is_file, runner)
         runner.terminate()
         out, err = runner.communicate(timeout=60)
-        assert runner.returncode == 2 and out == ""
+        assert runner.returncode == 2 and ended(out) == []
         assert err == "error: interrupted: the same command goes on\n"
         assert place.is_free()
-        assert 1 <= read_checkpoint(place.step("EIR") / "last.pth")["epoch"] < 5
+        assert 1 <= read_checkpoint(place.step("EIR") / "last.pth")["epoch"] < 10
         assert not (place.step("EIR") / "metrics.json").exists()
         assert len(place.rows()) == 3
 
         others = snapshot(place.step("image-replay")), snapshot(place.step("step0", 0))
         again = place.run()
         assert again.returncode == 0, again.stderr
-        assert again.stdout.startswith("finished    10-10 overlap, seed 1, EIR, step 1\nresults ")
+        assert ended(again.stdout)[0] == "finished    10-10 overlap, seed 1, EIR, step 1"
         said = (place.saved / "calls" / "overlap_10-10_EIR-seed1_1.txt").read_text()
         assert "resumed after epoch" in said
         assert (snapshot(place.step("image-replay")), snapshot(place.step("step0", 0))) == others
@@ -268,18 +285,20 @@ class TestKilled:
         runner = place.start()
         try:
             wait_for((place.step("EIR") / "last.pth").is_file, runner)
+            (child,) = children(runner.pid)
+            os.killpg(child, signal.SIGSTOP)  # so that it lives while it is looked at
             os.kill(runner.pid, signal.SIGKILL)
-            os.killpg(runner.pid, signal.SIGSTOP)  # the child, so that it lives while it is looked at
             assert runner.wait() == -signal.SIGKILL
             assert not (place.step("EIR") / "metrics.json").exists()
             before = snapshot(place.saved)
             assert "experiments are running in" in error_line(place.run())
             assert snapshot(place.saved) == before
-            os.killpg(runner.pid, signal.SIGCONT)
+            os.killpg(child, signal.SIGCONT)
             wait_for(place.is_free)
         except BaseException:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(runner.pid, signal.SIGKILL)
+            for pid in (*children(runner.pid), runner.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             raise
         assert same_model(place.step("EIR"), finished.step("EIR"))
         again = call(place)
@@ -299,7 +318,7 @@ class TestFailures:
         assert line.startswith("failed      10-10 overlap, seed 1, broken: step 1 ended with code 2: ")
         log = place.saved / "calls" / "overlap_10-10_broken-seed1_1.txt"
         assert "error: data root nowhere does not exist" in line and line.endswith(f"({log})")
-        assert result.stdout.startswith("finished    10-10 overlap, seed 1, EIR, step 1\nresults ")
+        assert ended(result.stdout)[0] == "finished    10-10 overlap, seed 1, EIR, step 1"
         assert [r["method"] for r in place.rows()] == ["image replay", "image replay", "joint"]
 
     def test_a_finished_step_with_other_settings_is_named_and_kept(self, finished, place, call):
@@ -383,12 +402,28 @@ class TestWhatIsRun:
         assert all(run.base.configs[0].seed == 2 for run in chosen)
 
 
+class TestSlots:
+    def test_a_run_at_a_time_on_each_gpu(self, monkeypatch):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        assert make_slots(1, "0,2") == [{"CUDA_VISIBLE_DEVICES": "0"}, {"CUDA_VISIBLE_DEVICES": "2"}]
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+        assert make_slots(1, "1,0") == [{"CUDA_VISIBLE_DEVICES": "5"}, {"CUDA_VISIBLE_DEVICES": "4"}]
+
+    def test_runs_share_the_cores(self, monkeypatch):
+        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+        assert make_slots(1, None) == [{}]
+        threads = str(max(1, cores() // 2))
+        assert make_slots(2, None) == [{"OMP_NUM_THREADS": threads}] * 2
+        monkeypatch.setenv("OMP_NUM_THREADS", "7")
+        assert make_slots(2, None) == [{"OMP_NUM_THREADS": "7"}] * 2
+
+
 BAD = {
     "no JSON": (b'{"tasks": ', "cannot read the experiment"),
     "no text": (b"\xff\xfe{}", "cannot read the experiment"),
     "a list": (b"[]", "must be a JSON object with these keys"),
-    "a key too few": (b'{"tasks": ["10-10"]}', "with these keys and no other: config, tasks"),
-    "a key too many": ({"more": 1}, "with these keys and no other: config, tasks"),
+    "a key too few": (b'{"tasks": ["10-10"]}', "with these keys and no other: save_dir, config"),
+    "a key too many": ({"more": 1}, "with these keys and no other: save_dir, config"),
     "tasks: text": ({"tasks": "10-10"}, "tasks must be a list"),
     "tasks: none": ({"tasks": []}, "tasks must be a list"),
     "tasks: numbers": ({"tasks": [3]}, "tasks must be a list"),
@@ -416,7 +451,9 @@ BAD = {
     "methods: open quote": ({"methods": {"x": "--replay 'image"}}, "cannot read the flags"),
     "methods: a flag of the runner": ({"methods": {"x": "--seed 3"}}, "x: --seed is not a flag"),
     "methods: its name": ({"methods": {"x": "--name=y"}}, "x: --name=y is not a flag"),
-    "methods: overwrite": ({"methods": {"x": "--overwrite"}}, "exclude each other"),
+    "methods: overwrite": ({"methods": {"x": "--overwrite"}}, "x: --overwrite is not a flag"),
+    "methods: a configuration": ({"methods": {"x": "--config=a.json"}}, "x: --config=a.json is not"),
+    "methods: a device": ({"methods": {"x": "-d 0"}}, "x: -d is not a flag"),
     "flags: number": ({"flags": 3}, "flags must be flags"),
     "later: null": ({"later": None}, "later must be further flags"),
     "joint: unknown flag": ({"joint": "--no_such_flag"}, "--no_such_flag"),
@@ -457,6 +494,15 @@ class TestBadInput:
         result = call(fresh, *flags)
         assert words in error_line(result) and result.stdout == ""
         assert not fresh.saved.exists()
+
+    @pytest.mark.parametrize("gpus", ["", "a", "0,", "0;1"])
+    def test_gpus(self, gpus, monkeypatch):
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        with pytest.raises(UserError, match="give indices such as"):
+            make_slots(1, gpus)
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
+        with pytest.raises(UserError, match="give indices of CUDA_VISIBLE_DEVICES=4,5"):
+            make_slots(1, "2")
 
     @pytest.mark.parametrize("flag", ["--save_dir", "--output"])
     def test_a_folder_that_is_a_file(self, fresh, call, tmp_path, flag):

@@ -14,7 +14,12 @@ from data_loader.data_loaders import StepData
 from data_loader.memory import read_manifest
 from data_loader.tasks import CLASS_NAMES, get_task
 from models.deeplabv3 import DeepLabV3, predict
-from tests.data_loader.paste_reference import no_waiting, plain_paste, plain_pseudo_labels
+from tests.data_loader.paste_reference import (
+    no_waiting,
+    plain_ignore_doubtful,
+    plain_paste,
+    plain_pseudo_labels,
+)
 from tests.helpers import error_line, small_config, snapshot, train_flags
 from tests.models import reference
 from trainer import incremental
@@ -507,10 +512,9 @@ def plain_loss(trainer, batch):
     hyper, size = trainer.config.hyperparameter, batch.images.shape[-2:]
     labels = batch.labels
     if hyper.pseudo_labels:
-        teacher = trainer.teacher(batch.images, upsample=False)
-        labels = plain_pseudo_labels(labels, teacher, hyper.pseudo_thresh, hyper.ignore_thresh)
-        assert ((labels != batch.labels) & (labels != 255)).any()
-        assert ((labels == 255) & (batch.labels == 0)).any() == (hyper.ignore_thresh is not None)
+        first = trainer.teacher(batch.images, upsample=False)
+        labels = plain_pseudo_labels(labels, first, hyper.pseudo_thresh)
+        assert (labels != batch.labels).any()
     images, classes = batch.images, torch.zeros(len(labels), 0, dtype=torch.int64)
     weights = torch.zeros(len(labels), 0, *size)
     soft = reference.soft_labels(labels, classes, weights, 17)
@@ -536,6 +540,10 @@ def plain_loss(trainer, batch):
             assert ((soft[n] - p.soft) * (labels[n] != 255)).abs().max() < 1e-6
         images = composite.images
 
+    if hyper.ignore_thresh is not None:
+        before = labels
+        labels = plain_ignore_doubtful(labels, first, hyper.ignore_thresh, weights)
+        assert (labels != before).any()
     logits = trainer.model(images)
     valid = (batch.labels != 255).sum()
     assert 0 < valid < batch.labels.numel()
