@@ -10,6 +10,7 @@ from data_loader.tasks import CLASS_NAMES, Task
 from data_loader.voc import VOC2012
 from utils.checkpoint import write_atomically
 from utils.config import Config
+from utils.metrics import harmonic_mean
 
 GROUPS = ("old", "new", "all", "hIoU")
 COLUMNS = (
@@ -49,8 +50,8 @@ def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float
     old, new = mean(iou[n] for n in names[:first]), None
     if step:
         new = mean(iou[n] for n in names[first:])
-    harmonic = None if new is None else 2 * old * new / (old + new) if old + new else 0.0
-    return {"old": old, "new": new, "all": mean(iou[n] for n in names), "hIoU": harmonic}
+    overall = mean(iou[n] for n in names)
+    return {"old": old, "new": new, "all": overall, "hIoU": harmonic_mean(old, new)}
 
 
 def _cost(path):

@@ -47,7 +47,7 @@ def compute_metrics(
     result = {}
     for metric in METRICS:
         values = {g: 100 * means[metric](ch) if ch else None for g, ch in groups.items()}
-        values["harmonic"] = _harmonic(values["old"], values["new"])
+        values["harmonic"] = harmonic_mean(values["old"], values["new"])
         result[metric] = values
     for metric, per_class in zip(METRICS[1:], (recall, iou), strict=True):
         result[metric]["by_class"] = {n: 100 * float(v) for n, v in zip(names, per_class, strict=True)}
@@ -58,7 +58,8 @@ def _ratio(part, whole):
     return np.divide(part, whole, out=np.zeros_like(part), where=whole > 0)
 
 
-def _harmonic(a, b):
+def harmonic_mean(a: float | None, b: float | None) -> float | None:
+    """Of two means, such as old and new; None where one of them is undefined."""
     if a is None or b is None:
         return None
     return 2 * a * b / (a + b) if a + b else 0.0
