@@ -1,4 +1,4 @@
-"""The score that a prediction asks for: at one half the step's own metrics, and the formula beside it."""
+"""The score that a prediction asks for: at one half the metrics of the step itself."""
 
 import json
 
