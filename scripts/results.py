@@ -1,6 +1,7 @@
 """results.csv: what the folders of runs say about each finished step, a row each."""
 
 import csv
+import functools
 import io
 import json
 from pathlib import Path
@@ -35,12 +36,18 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         "setting": task.setting,
         "seed": seed,
         "step": step,
-        "val_images": len(VOC2012(config.data.data_root).read_list("val").ids),
+        "val_images": _val_images(config.data.data_root),
         **group_means(iou, task, step),
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
         **iou,
     }
+
+
+@functools.cache
+def _val_images(root):
+    """Number of validation images: read once, since reading the list looks for its files."""
+    return len(VOC2012(root).read_list("val").ids)
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
