@@ -4,6 +4,7 @@ A run is one process without a group, or one process per GPU started here, or wh
 started. Without CUDA the group is gloo.
 """
 
+import gc
 import os
 import re
 import resource
@@ -60,10 +61,13 @@ def _run(local_rank, worker, config, url, *arguments):
         sys.exit(2)  # another process ended, and has said why
     finally:
         if dist.is_initialized():
+            gc.collect()  # what holds the group holds its threads, which abort a process that exits
             dist.destroy_process_group()
 
 
 def _join(config, local_rank, url="env://", process=-1, processes=-1):
+    import torch.distributed.nn  # imported later its defaults would hold the group
+
     cuda = torch.cuda.is_available()
     if cuda:
         torch.cuda.set_device(local_rank)

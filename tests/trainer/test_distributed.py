@@ -1,6 +1,7 @@
 """Two gloo processes under torchrun against one process with the same global batch."""
 
 import json
+import sys
 
 import pytest
 import torch
@@ -39,6 +40,28 @@ def test_two_processes_have_the_gradients_loss_and_evaluation_of_one(one, voc_ro
     assert max(g.abs().max() for g in one["gradients"].values()) > 1e-3
     assert torch.equal(one["counts"], two["counts"])
     assert one["metrics"] == two["metrics"]
+
+
+WRAPPED = """
+import os, torch
+from utils.config import Config
+from utils.distributed import launch
+
+def work(config):
+    cycle = [torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(1, 1))]
+    cycle.append(cycle)
+
+names = lambda: {open(f"/proc/self/task/{i}/comm").read() for i in os.listdir("/proc/self/task")}
+launch(work, Config({"world_size": 1}))
+assert not any("gloo" in name for name in names()), names()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_no_thread_of_the_group_is_left_for_the_interpreter_to_trip_over(tmp_path):
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    result = run_script("-c", WRAPPED, **group, MASTER_PORT=str(free_port()))
+    assert result.returncode == 0, result.stderr
 
 
 def test_training_under_torchrun_reports_what_one_process_evaluates(voc_root, tmp_path):
