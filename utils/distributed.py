@@ -10,6 +10,7 @@ import re
 import resource
 import socket
 import sys
+import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -61,8 +62,19 @@ def _run(local_rank, worker, config, url, *arguments):
         sys.exit(2)  # another process ended, and has said why
     finally:
         if dist.is_initialized():
-            gc.collect()  # what holds the group holds its threads, which abort a process that exits
-            dist.destroy_process_group()
+            _leave(sys.exc_info()[1])
+
+
+def _leave(error):
+    """Leave the group, unless NCCL would wait there for processes that know nothing of the error."""
+    if error is not None and dist.get_backend() == "nccl":
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) else 1)
+    gc.collect()  # what holds the group holds its threads, which abort a process that exits
+    dist.destroy_process_group()
 
 
 def _join(config, local_rank, url="env://", process=-1, processes=-1):
@@ -70,6 +82,11 @@ def _join(config, local_rank, url="env://", process=-1, processes=-1):
 
     cuda = torch.cuda.is_available()
     if cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"process {local_rank} of this machine has no GPU of its own: "
+                f"{torch.cuda.device_count()} can be seen (-d, CUDA_VISIBLE_DEVICES)"
+            )
         torch.cuda.set_device(local_rank)
     backend = config.dist_backend if cuda else "gloo"
     device = torch.device("cuda", local_rank) if cuda and backend == "nccl" else None

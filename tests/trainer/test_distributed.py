@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from tests.helpers import run_script, train_flags
-from utils.distributed import free_port
+from utils.config import Config
+from utils.distributed import _join, free_port
+from utils.errors import UserError
 
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port")
 
@@ -52,7 +54,7 @@ def work(config):
     cycle.append(cycle)
 
 names = lambda: {open(f"/proc/self/task/{i}/comm").read() for i in os.listdir("/proc/self/task")}
-launch(work, Config({"world_size": 1}))
+launch(work, Config())
 assert not any("gloo" in name for name in names()), names()
 """
 
@@ -62,6 +64,40 @@ def test_no_thread_of_the_group_is_left_for_the_interpreter_to_trip_over(tmp_pat
     group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     result = run_script("-c", WRAPPED, **group, MASTER_PORT=str(free_port()))
     assert result.returncode == 0, result.stderr
+
+
+FAILING = """
+import sys, torch.distributed as dist
+from utils.config import Config
+from utils.distributed import launch
+from utils.errors import UserError
+
+def work(config):
+    dist.get_backend = lambda: "nccl"
+    dist.destroy_process_group = lambda: print("left the group")
+    raise {"UserError": UserError, "ValueError": ValueError}[sys.argv[1]]("broken")
+
+launch(work, Config())
+"""
+
+
+@pytest.mark.parametrize(
+    ("kind", "code", "line"),
+    [("UserError", 2, "error: broken"), ("ValueError", 1, "ValueError: broken")],
+)
+def test_an_error_does_not_wait_for_processes_in_an_nccl_collective(kind, code, line):
+    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    result = run_script("-c", FAILING, kind, **group, MASTER_PORT=str(free_port()))
+    assert result.returncode == code
+    assert line in result.stderr.splitlines()
+    assert result.stdout == ""
+
+
+def test_a_process_without_a_gpu_of_its_own_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="process 1 of this machine has no GPU of its own: 1 can"):
+        _join(Config(), 1)
 
 
 def test_training_under_torchrun_reports_what_one_process_evaluates(voc_root, tmp_path):
