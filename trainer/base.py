@@ -22,7 +22,13 @@ from trainer.evaluate import evaluate
 from trainer.health import Health
 from trainer.monitor import monitor_name, parse_monitor
 from trainer.progress import Progress
-from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint, write_json
+from utils.checkpoint import (
+    load_weights,
+    numbered_checkpoints,
+    read_checkpoint,
+    save_checkpoint,
+    write_json,
+)
 from utils.config import Config
 from utils.distributed import all_sum, barrier, broadcast, device, peak_memory, rank, world_size
 from utils.errors import UserError
@@ -180,10 +186,14 @@ class Trainer:
         valid = all_sum((move["label"] != 255).sum()).clamp(min=1)
         dtype = next(self.model.parameters()).dtype
         images = normalize(move["image"], move["label"], move["alone"]).to(dtype)
-        pieces = min(self.config.trainer.accumulate, len(images))
+        pieces = self._micro_batches()
         columns = (images, move["label"], move.get("numbers"), move["replayed"])
         split = [c.tensor_split(pieces) if c is not None else [None] * pieces for c in columns]
         return [Batch(*piece, valid) for piece in zip(*split, strict=True)]
+
+    def _micro_batches(self):
+        """How many a batch is split into: as many in each process, since their collectives meet."""
+        return min(self.config.trainer.accumulate, *self.batches.sizes())
 
     def autocast(self):
         """Mixed precision for the networks, where the configuration and the device have it."""
@@ -205,7 +215,7 @@ class Trainer:
         synchronised = args.norm_act == "bn_sync" and world_size() > 1 and self.device.type == "cuda"
         if synchronised:
             self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        sizes = [n // min(self.config.trainer.accumulate, n) for n in self.batches.sizes()]
+        sizes = [n // self._micro_batches() for n in self.batches.sizes()]
         if (sum(sizes) if synchronised else min(sizes)) < 2:
             raise UserError(
                 "batch normalisation cannot train on one image at a time: use a larger --bs, a "
@@ -239,7 +249,8 @@ class Trainer:
         if self.device.type != "cuda":
             return torch.bfloat16 if asked == "bf16" else torch.float32
         if asked == "auto":
-            asked = "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+            native = torch.cuda.is_bf16_supported(including_emulation=False)
+            asked = "bf16" if native else "fp16"
         return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(asked, torch.float32)
 
     # Checkpoints, validation, the end.
@@ -321,8 +332,10 @@ class Trainer:
 
     def _finish(self):
         """Keep the final checkpoint, evaluate, and write what marks the step as finished."""
-        if rank() == 0 and not self._numbered().is_file():
+        if rank() == 0:
             save_checkpoint(self._numbered(), self.checkpoint())
+            for later in numbered_checkpoints(self.folder, self.epoch + 1):
+                later.unlink()  # of a longer run that was gone back from
         metrics = evaluate(self.model, self.data, "test", self.device)
         if rank() == 0:
             write_json(self.folder / "metrics.json", metrics)

@@ -113,9 +113,10 @@ def _where_to_start(config, run):
 
 def _resume_from(path, folder, config):
     """The checkpoint, if it goes on with the same experiment and replaces no other one."""
-    if path.parent.resolve() != folder.resolve() and (folder / "last.pth").is_file():
+    elsewhere = path.parent.resolve() != folder.resolve()
+    if elsewhere and ((folder / "last.pth").is_file() or final_checkpoint(folder)):
         raise UserError(
-            f"{folder} holds an unfinished step of its own: choose another --name to go on from {path}"
+            f"{folder} holds a checkpoint of its own: choose another --name to go on from {path}"
         )
     if (path.parent / "config.json").is_file():
         changed = differences(load_config(path.parent / "config.json")[0], config)

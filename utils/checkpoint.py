@@ -84,11 +84,16 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
     model.load_state_dict(state)
 
 
-def final_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint-epoch<E>.pth of the highest E in a step's folder."""
-    numbered = {}
+def numbered_checkpoints(folder: Path, first: int = 0) -> list[Path]:
+    """Each checkpoint-epoch<E>.pth with E >= first in a step's folder, by E."""
+    found = {}
     for path in folder.glob("checkpoint-epoch*.pth"):
         match = re.fullmatch(r"checkpoint-epoch(\d+)\.pth", path.name)
-        if match:
-            numbered[int(match[1])] = path
-    return numbered[max(numbered)] if numbered else None
+        if match and int(match[1]) >= first:
+            found[int(match[1])] = path
+    return [found[epoch] for epoch in sorted(found)]
+
+
+def final_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint-epoch<E>.pth of the highest E in a step's folder."""
+    return next(reversed(numbered_checkpoints(folder)), None)

@@ -1,6 +1,7 @@
 """Step 0 and the loop: the loss, the optimiser, resuming, accumulation, losses that are not finite."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trainer.monitor import check_monitor
 from trainer.run import train
 from utils.arguments import Run
 from utils.checkpoint import final_checkpoint, read_checkpoint
+from utils.config import Config
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -266,6 +268,19 @@ class TestCheckpoints:
         kept = sorted(path.name for path in config.step_dir().glob("checkpoint*"))
         assert kept == [f"checkpoint-epoch{e}.pth" for e in (2, 4, 5)]
 
+    def test_the_final_checkpoint_is_the_model_that_was_evaluated(self, voc_root, tmp_path):
+        """Whatever numbered checkpoints a run that was gone back from has left."""
+        config = small_config(voc_root, tmp_path)
+        run(config)
+        folder = config.step_dir()
+        state = read_checkpoint(folder / "checkpoint-epoch2.pth")["state_dict"]
+        (folder / "metrics.json").unlink()
+        for epoch in (2, 7):
+            (folder / f"checkpoint-epoch{epoch}.pth").write_bytes(b"stale")
+        run(config, resume="auto")
+        assert final_checkpoint(folder) == folder / "checkpoint-epoch2.pth"
+        assert_same(read_checkpoint(folder / "checkpoint-epoch2.pth")["state_dict"], state)
+
     def test_best_model_and_early_stop_follow_the_monitored_value(
         self, voc_root, tmp_path, monkeypatch
     ):
@@ -397,6 +412,13 @@ class TestMixedPrecision:
         assert rounded_loss != loss
         assert rounded_loss == pytest.approx(loss, rel=0.02)
         assert torch.cosine_similarity(gradient, rounded_gradient, dim=0) > 0.98
+
+    @pytest.mark.parametrize(("native", "dtype"), [(True, torch.bfloat16), (False, torch.float16)])
+    def test_auto_takes_bf16_on_a_gpu_that_need_not_emulate_it(self, monkeypatch, native, dtype):
+        supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+        on_a_gpu = SimpleNamespace(config=Config(), device=torch.device("cuda"))
+        assert BaseStep._amp_dtype(on_a_gpu) == dtype
 
     @pytest.mark.parametrize("changes", [{}, {"amp_dtype": "fp16"}, {"use_amp": False}])
     def test_else_the_cpu_computes_in_float32(self, voc_root, tmp_path, changes):
