@@ -31,6 +31,8 @@ def preview(config, run, options) -> None:
         raise UserError("step 0 replays nothing: give --task_step 1 or higher")
     if options.images < 1 or options.epoch < 1:
         raise UserError("--images and --epoch start at 1")
+    if options.output.suffix.lower() != ".png":
+        raise UserError(f"--output is {options.output}; give the name of a .png file")
     if not options.output.parent.is_dir():
         raise UserError(f"no folder {options.output.parent} to write {options.output.name} into")
     previous = previous_checkpoint(config, run)

@@ -11,6 +11,7 @@ from data_loader.tasks import CLASS_NAMES, Task
 from data_loader.voc import VOC2012
 from utils.checkpoint import write_atomically
 from utils.config import Config
+from utils.errors import UserError
 from utils.metrics import harmonic_mean
 
 GROUPS = ("old", "new", "all", "hIoU")
@@ -65,9 +66,12 @@ def _cost(path):
     """Seconds of training and peak memory, from the records of the epochs."""
     if not path.is_file():
         return {}
-    epochs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    seconds = sum(epoch["seconds"] for epoch in epochs)
-    return {"seconds": seconds, "peak_mib": max(epoch["peak_mib"] for epoch in epochs)}
+    try:
+        epochs = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        seconds = sum(epoch["seconds"] for epoch in epochs)
+        return {"seconds": seconds, "peak_mib": max(epoch["peak_mib"] for epoch in epochs)}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot read the records of the epochs in {path}: {error!r}") from None
 
 
 def _memory(folder):

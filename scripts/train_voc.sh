@@ -23,6 +23,7 @@ LAUNCH=("$PYTHON")
 flags=(-c "$CONFIG" --multiprocessing_distributed --task_name "$TASK" --task_setting "$SETTING"
     --bs "$BS" --epochs "$EPOCH" --mem_size "$MEMORY_SIZE" "$@")
 plan=$("$PYTHON" - "${flags[@]}" <<'PYTHON'
+import os
 import sys
 
 sys.path.insert(0, ".")
@@ -35,10 +36,11 @@ try:
     task = get_task(config.task.name, config.task.setting)
 except UserError as error:
     exit_with(error)
-print(len(task.steps), config.step_dir().parent)
+print(len(task.steps), os.environ.get("CUDA_VISIBLE_DEVICES", "all"), config.step_dir().parent, sep="\n")
 PYTHON
 )
-steps=${plan%% *} folder=${plan#* }
+{ read -r steps; read -r gpus; read -r folder; } <<<"$plan"
+[ "$gpus" = all ] || export CUDA_VISIBLE_DEVICES=$gpus  # -d holds for the evaluation as well
 
 go_on=(--resume auto)
 case " $* " in *" --overwrite "*) go_on=() ;; esac

@@ -361,13 +361,22 @@ class TestBadCheckpoints:
         before = snapshot(folder)
         flags = train_flags(voc_root, tmp_path, epochs=1)
         line = error_line(command("train_voc.py", *flags, "--resume", trained / "last.pth"))
-        assert "an unfinished step of its own" in line
+        assert "a checkpoint of its own" in line
+        assert snapshot(folder) == before
+        (folder / "last.pth").unlink()
+        before = snapshot(folder)
+        line = error_line(command("train_voc.py", *flags, "--resume", trained / "last.pth"))
+        assert "a checkpoint of its own" in line
         assert snapshot(folder) == before
 
-    @pytest.mark.parametrize("name", ["", "..", "a/b"])
+    @pytest.mark.parametrize("name", ["", "..", "a/b", "long" * 60])
     def test_a_name_that_no_folder_can_have(self, voc_root, tmp_path, command, name):
         flags = train_flags(voc_root, tmp_path, name=name)
         assert "--name" in error_line(command("train_voc.py", *flags))
+
+    def test_doubts_without_pseudo_labels(self, voc_root, tmp_path, command):
+        flags = [*train_flags(voc_root, tmp_path), "--ignore_thresh", "0.5", "--pseudo_labels", "off"]
+        assert "--ignore_thresh needs pseudo labels" in error_line(command("train_voc.py", *flags))
 
     def test_an_output_folder_that_is_a_file(self, voc_root, tmp_path, command):
         (tmp_path / "file").write_text("kept")

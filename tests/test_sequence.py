@@ -152,6 +152,18 @@ def test_a_killed_sequence_ends_with_the_weights_of_an_undisturbed_one(tmp_path)
         )
 
 
+@pytest.mark.parametrize(("outside", "gpus"), [({}, "3,1"), ({"CUDA_VISIBLE_DEVICES": "5"}, "5")])
+def test_the_sequence_script_evaluates_on_the_gpus_it_trains_on(tmp_path, monkeypatch, outside, gpus):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    launcher = tmp_path / "launcher"
+    launcher.write_text(f'#!/bin/sh\necho "$1 ${{CUDA_VISIBLE_DEVICES-all}}" >>{tmp_path}/calls\n')
+    launcher.chmod(0o755)
+    script = ["scripts/train_voc.sh", "10-5", "overlap", "-d", "3,1", "--save_dir", str(tmp_path)]
+    bash(script, LAUNCHER=str(launcher), **outside).communicate(timeout=60)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == 3 * [f"train_voc.py {gpus}"] + [f"eval_voc.py {gpus}"]
+
+
 def test_the_sequence_script_needs_task_and_setting():
     process = bash(["scripts/train_voc.sh", "5-3"])
     text, _ = process.communicate(timeout=60)

@@ -77,7 +77,7 @@ class IncrementalStep(Trainer):
             teacher_logits = self.teach(batch.images)
             labels = pseudo_labels(batch.labels, teacher_logits, settings.pseudo_thresh)
         composite = self.compose(batch, labels)
-        if settings.pseudo_labels and settings.ignore_thresh is not None:
+        if settings.ignore_thresh is not None:
             weights = composite.weights
             labels = ignore_doubtful(labels, teacher_logits, settings.ignore_thresh, weights)
         distils = settings.kd_mode != "none" and settings.kd > 0

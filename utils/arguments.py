@@ -97,6 +97,8 @@ def read_train(arguments: list[str]) -> tuple[Config, Run]:
     select_devices(parsed.device)
     if parsed.overwrite and parsed.resume:
         raise UserError("--overwrite and --resume exclude each other: give one of them")
+    if config.hyperparameter.ignore_thresh is not None and not config.hyperparameter.pseudo_labels:
+        raise UserError("--ignore_thresh needs pseudo labels: drop it, or --pseudo_labels off")
     return config, Run(ignored, parsed.resume, parsed.overwrite, parsed.test, parsed.prev_checkpoint)
 
 

@@ -106,7 +106,9 @@ def _check_range(where, value, metadata):
             raise UserError(f"{where} has {wrong[0]!r}; allowed: {', '.join(metadata['each'])}")
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} is {value}; it must be finite")
-    if where in ("name", "--name") and (not value.strip(".") or "/" in value):
+    if where in ("name", "--name") and (
+        not value.strip(".") or "/" in value or len(value.encode()) > 200
+    ):
         raise UserError(f"{where} is {value!r}; it must be a name that a folder can have")
     if low is not None and not value >= low:
         raise UserError(f"{where} is {value}; it must be at least {low}")

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -43,12 +44,10 @@ class EpochRecords:
         self.writer = _tensorboard_writer(folder) if tensorboard else None
 
     def keep_until(self, epoch: int) -> None:
-        """Drop the lines after `epoch`, which a resumed run writes again."""
+        """Drop the lines after `epoch`, which a resumed run writes again, and damaged ones."""
         if self.path.is_file():
             lines = self.path.read_text().splitlines(keepends=True)
-            kept = [
-                line for line in lines if line.endswith("\n") and json.loads(line)["epoch"] <= epoch
-            ]
+            kept = [line for line in lines if line.endswith("\n") and _epoch_of(line) <= epoch]
             self.path.write_text("".join(kept))
 
     def write(self, record: dict) -> None:
@@ -59,6 +58,14 @@ class EpochRecords:
                 if isinstance(value, (int, float)) and name != "epoch":
                     self.writer.add_scalar(name, value, record["epoch"])
             self.writer.flush()
+
+
+def _epoch_of(line):
+    """Epoch of a record; infinity for a line that is none."""
+    try:
+        return int(json.loads(line)["epoch"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _tensorboard_writer(folder):

@@ -34,7 +34,10 @@ def test_quiet_runs_and_other_processes(capsys, verbosity, main, shown):
 
 def test_a_resumed_run_writes_later_epochs_again(tmp_path):
     records = EpochRecords(tmp_path)
-    for epoch in (1, 2, 3):
+    records.write({"epoch": 1, "loss": 0.5})
+    with open(records.path, "a") as file:
+        file.write('damaged\n[]\n{"loss": 1.0}\n')
+    for epoch in (2, 3):
         records.write({"epoch": epoch, "loss": 0.5 * epoch})
     with open(records.path, "a") as file:
         file.write('{"epoch": 4, "lo')

@@ -1,0 +1,64 @@
+"""The sheet of composites: what it shows, where it goes, and that it leaves the run alone."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from scripts import preview_replay
+from scripts.preview_replay import TITLES, preview
+from tests.helpers import small_config, snapshot
+from trainer.run import train
+from utils.arguments import Run
+from utils.errors import UserError
+
+pytestmark = pytest.mark.usefixtures("cpu")
+
+
+def options(output, images=4, epoch=1):
+    return SimpleNamespace(output=output, images=images, epoch=epoch)
+
+
+def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, capsys):
+    train(small_config(voc_root, tmp_path, epochs=1), Run(ignored=[]))
+    before = snapshot(tmp_path / "models")
+    drawn, sheet = [], preview_replay.sheet
+
+    def keep(path, rows, titles):
+        drawn.extend(rows)
+        sheet(path, rows, titles)
+
+    monkeypatch.setattr(preview_replay, "sheet", keep)
+    config = small_config(voc_root, tmp_path, task_step=1, mem_size=10)
+    output = tmp_path.parent / f"{tmp_path.name}.png"
+    preview(config, Run(ignored=[]), options(output))
+    assert snapshot(tmp_path / "models") == before
+    assert f"4 composites of step 1: {output}" in capsys.readouterr().out
+    assert Image.open(output).format == "PNG"
+    assert [len(row) for row in drawn] == 4 * [len(TITLES)]
+    grey = np.array([0.485, 0.456, 0.406]) * 255  # of a replayed image, outside its instances
+    empty = [(np.abs(row[0] - grey).max(axis=2) < 1).mean() for row in drawn]
+    assert sorted(share > 0.2 for share in empty) == [False, False, True, True]
+    covered = np.stack([row[4] for row in drawn])
+    assert 0 < covered.max() <= 1 and covered.min() == 0
+    changed = np.stack([(row[3] != row[0]).any(axis=2) for row in drawn])
+    assert changed.any() and not (changed & (covered == 0)).any()
+
+
+@pytest.mark.parametrize(
+    ("step", "wrong", "line"),
+    [
+        (0, {}, "step 0 replays nothing"),
+        (1, {"images": 0}, "start at 1"),
+        (1, {"epoch": 0}, "start at 1"),
+        (1, {"output": "sheet.foo"}, "give the name of a .png file"),
+        (1, {"output": "none/sheet.png"}, "no folder"),
+        (1, {}, "step 0 is not finished"),
+    ],
+)
+def test_what_it_refuses(voc_root, tmp_path, step, wrong, line):
+    asked = options(tmp_path / wrong.pop("output", "sheet.png"), **wrong)
+    with pytest.raises(UserError, match=line):
+        preview(small_config(voc_root, tmp_path, task_step=step), Run(ignored=[]), asked)
+    assert list(tmp_path.iterdir()) == []
