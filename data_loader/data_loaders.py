@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data_loader.dataset import EvalDataset
+from data_loader.dataset import LabelledImages
 from data_loader.memory import Memory, Source, build_memory
 from data_loader.tasks import CLASS_NAMES, check_step, get_task
 from data_loader.transforms import EvalTransform, TrainTransform, whole
@@ -125,12 +125,12 @@ class StepData:
             return [0], self.task.channels(self.step)
         return first, list(range(len(first), 1 + sum(self.classes)))
 
-    def images(self, split: str, step: int | None = None) -> np.ndarray:
+    def select(self, split: str, step: int | None = None) -> np.ndarray:
         """Indices, into the list, of the images of a split (train, val, test)."""
         step = self.step if step is None else step
         return self.task.select(step, split, self._index(split).present)
 
-    def training(self) -> EvalDataset:
+    def training(self) -> LabelledImages:
         """The training images of this step with the train transform, before replay is added."""
         dataset = self._dataset("train", TrainTransform(_crop(self.config.train)))
         if not len(dataset):
@@ -141,7 +141,7 @@ class StepData:
             )
         return dataset
 
-    def evaluation(self, split: str) -> tuple[EvalDataset, int]:
+    def evaluation(self, split: str) -> tuple[LabelledImages, int]:
         """Dataset of val or test, and its batch size: 1 for whole images, whose sizes differ."""
         settings = getattr(self.config, split)
         if not settings.args.transform:
@@ -164,7 +164,7 @@ class StepData:
                 log.warning(f"no memory in {previous}: only {names} can be drawn")
             previous = None
         visible, old = self.task.visible(before, "train"), self.task.seen(before)
-        chosen = self.images("train", before)
+        chosen = self.select("train", before)
         source = Source(self.lists["train"], self._index("train"), chosen, visible, previous)
         kind = "image" if settings.replay == "image" else "instance"
         if rank() == 0:
@@ -182,11 +182,11 @@ class StepData:
         files = self.lists["train" if split == "train" else "val"]
         hidden = getattr(self.config, split).args.masking_value
         table = self.task.label_table(self.step, split, hidden)
-        chosen = self.images(split)
+        chosen = self.select(split)
         ids, images, labels = (
             [column[i] for i in chosen] for column in (files.ids, files.images, files.labels)
         )
-        return EvalDataset(ids, images, labels, table, transform)
+        return LabelledImages(ids, images, labels, table, transform)
 
 
 def _crop(settings):

@@ -20,7 +20,7 @@ STD = (0.229, 0.224, 0.225)
 Transform = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
-class EvalDataset(Dataset):
+class LabelledImages(Dataset):
     """Images of one split with their labels in channel space."""
 
     def __init__(self, ids, images: list[Path], labels: list[Path], table, transform: Transform):
@@ -46,7 +46,7 @@ class TrainDataset(Dataset):
 
     def __init__(
         self,
-        images: EvalDataset,
+        images: LabelledImages,
         memory: Memory | None,
         seed: int,
         draw: Callable[[np.random.Generator], torch.Tensor] | None = None,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from data_loader.dataset import normalize
 from data_loader.memory import FILL, Memory, bounding_box
 from data_loader.tasks import NUM_CLASSES, VOID
-from utils.config import Paste
+from utils.config import PasteArgs
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Composite:
 class Numbers:
     """The random numbers of a sample's pastes, as one vector float32 [length]."""
 
-    def __init__(self, settings: Paste, crop_size: int):
+    def __init__(self, settings: PasteArgs, crop_size: int):
         self.settings = settings
         cells = (crop_size // cell_size(settings, crop_size)) ** 2
         k = settings.pastes
@@ -118,51 +118,15 @@ class Numbers:
         return dict(zip(self.lengths, parts, strict=True))
 
 
-def cell_size(settings: Paste, crop_size: int) -> int:
+def cell_size(settings: PasteArgs, crop_size: int) -> int:
     """Side of a cell in pixels: given for a crop of 512, scaled with the crop."""
     return max(1, settings.cell * crop_size // 512)
-
-
-def pseudo_labels(labels: torch.Tensor, teacher: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Labels uint8 [N, H, W] in which background takes the teacher's confident classes.
-
-    teacher: logits [N, S, h, w] at stride 16. A background pixel takes the arg max channel of the
-    sigmoid scores if that is foreground and its score reaches the threshold (METHOD 5, 1).
-    Goes image by image, so that full-size logits of the batch never exist together.
-    """
-    filled = torch.empty_like(labels)
-    for i, label in enumerate(labels):
-        best, channel = _full_size(teacher[i], label.shape).max(dim=0)
-        confident = (label == 0) & (channel > 0) & (best.sigmoid() >= threshold)
-        filled[i] = torch.where(confident, channel.to(labels.dtype), label)
-    return filled
-
-
-def ignore_doubtful(
-    labels: torch.Tensor, teacher: torch.Tensor, threshold: float, weights: torch.Tensor
-) -> torch.Tensor:
-    """Labels uint8 [N, H, W] in which background that may be an old class is void.
-
-    Background without a pseudo label, whose best foreground score reaches the threshold and where no
-    instance was pasted (weights float [N, K, H, W]), is void. teacher as in pseudo_labels.
-    """
-    kept = torch.empty_like(labels)
-    for i, label in enumerate(labels):
-        score = _full_size(teacher[i], label.shape)[1:].amax(dim=0).sigmoid()
-        free = (label == 0) & (weights[i].sum(dim=0) == 0)
-        kept[i] = torch.where(free & (score >= threshold), VOID, label)
-    return kept
-
-
-def _full_size(logits, size):
-    """Logits [S, H, W] of one image in float32."""
-    return F.interpolate(logits[None].float(), size=size, mode="bilinear", align_corners=False)[0]
 
 
 class PasteAugmentation:
     """Pastes stored instances into a batch: class combination, selection, position, fusion."""
 
-    def __init__(self, settings: Paste, crop_size: int, bank: Bank):
+    def __init__(self, settings: PasteArgs, crop_size: int, bank: Bank):
         self.settings, self.bank = settings, bank
         self.numbers = Numbers(settings, crop_size)
         self.cell = cell_size(settings, crop_size)

@@ -185,7 +185,10 @@ def _scan(images, workers):
 
 
 def scan_label(label: np.ndarray, path: Path) -> np.ndarray:
-    """Pixels and 4-connected regions of each class: int64 [2, 21], from a label map uint8 [H, W]."""
+    """Pixels and 4-connected regions of each class: int64 [2, 21], from a label map uint8 [H, W].
+
+    Raises UserError for a value that is no class of VOC.
+    """
     pixels = np.bincount(label.ravel(), minlength=256)
     wrong = [value for value in np.flatnonzero(pixels) if NUM_CLASSES < value < VOID]
     if wrong:
@@ -217,7 +220,7 @@ def read_image(path: Path) -> torch.Tensor:
 
 
 def read_label(path: Path) -> np.ndarray:
-    """A label map of VOC classes: uint8 [H, W]; UserError for a colour image."""
+    """A label map of VOC classes: uint8 [H, W]; UserError for a colour image or a damaged file."""
     with open_image(path) as image:
         if image.mode not in ("P", "L"):
             colour = image.mode in ("RGB", "RGBA", "CMYK", "YCbCr")

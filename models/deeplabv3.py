@@ -1,4 +1,4 @@
-"""DeepLabV3 with one classifier per step, from torchvision's parts, with the family's keys."""
+"""DeepLabV3 with one classifier per step, from torchvision's parts, with the keys of DKD and EIR."""
 
 from collections import OrderedDict
 from itertools import pairwise
@@ -71,10 +71,10 @@ def upsample_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor
     return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
 
-def predict(logits: torch.Tensor) -> torch.Tensor:
-    """Channels int64 [N, H, W]: the best foreground class if its score exceeds 0.5, else 0."""
+def predict(logits: torch.Tensor, score: float = 0.5) -> torch.Tensor:
+    """Channels int64 [N, H, W]: the best foreground class if its sigmoid exceeds the score, else 0."""
     best, channel = logits[:, 1:].max(dim=1)
-    return torch.where(best > 0, channel + 1, 0)
+    return torch.where(best > torch.tensor(score).logit().item(), channel + 1, 0)
 
 
 def freeze_bn(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from PIL import Image
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
 from data_loader.dataset import EvalDataset, TrainDataset, normalize
 from data_loader.memory import Memory
-from data_loader.paste import Bank, pseudo_labels
+from data_loader.paste import Bank
 from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
 from data_loader.voc import VOC2012, read_image, read_label
@@ -45,6 +45,7 @@ from trainer.base_step import BaseStep
 from trainer.evaluate import confusion_matrix
 from trainer.health import Health
 from trainer.incremental import IncrementalStep
+from trainer.pseudo_labels import pseudo_labels
 from utils.checkpoint import save_checkpoint
 from utils.config import Config
 from utils.distributed import device, peak_memory

@@ -15,8 +15,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data_loader.data_loaders import StepData
 from data_loader.dataset import MEAN, STD
-from data_loader.paste import pseudo_labels
 from trainer.incremental import IncrementalStep
+from trainer.pseudo_labels import pseudo_labels
 from trainer.run import previous_checkpoint
 from utils.arguments import parse_train
 from utils.distributed import launch

@@ -4,7 +4,7 @@ python scripts/make_synthetic_voc.py --output data/synthetic
 python scripts/run_experiments.py configs/experiments/methods.json --jobs 2
 
 Each step of each run is one call of train_voc.py. Step 0 is trained once for each task and seed and
-shared by all methods. Finished steps are skipped and a broken one goes on, so that this can be
+shared by all methods. Finished steps are skipped and an interrupted one is resumed: this can be
 stopped at any time and called again. LAUNCHER starts a step: "python", or torchrun with its own flags.
 """
 
@@ -34,7 +34,7 @@ from scripts.results import row, write_results
 from utils.arguments import read_train
 from utils.checkpoint import final_checkpoint
 from utils.config import Config
-from utils.config_file import differences, load_config
+from utils.config_file import is_finished
 from utils.errors import UserError, exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,20 +154,6 @@ def _split(flags):
         raise UserError(f"cannot read the flags {flags}: {error}") from None
 
 
-def is_finished(config: Config) -> bool:
-    """True if the step has its results; UserError if they come from other settings."""
-    folder = config.step_dir()
-    if not (folder / "metrics.json").is_file():
-        return False
-    changed = differences(load_config(folder / "config.json")[0], config)
-    if changed:
-        raise UserError(
-            f"{folder} holds a finished step with other settings ({', '.join(changed)}): give another "
-            "--save_dir"
-        )
-    return True
-
-
 def has_results(config: Config) -> bool:
     """True if the step is finished with these settings."""
     with contextlib.suppress(UserError):
@@ -230,7 +216,7 @@ class Runner:
             _say(f"finished    {run.title}, step {config.task.step}")
 
     def stop(self) -> None:
-        """End what is running; it goes on from its last epoch next time."""
+        """End what is running; it resumes from its last epoch next time."""
         self.stopping = True
         for process in list(self.processes):
             with contextlib.suppress(ProcessLookupError):
@@ -369,7 +355,7 @@ def main() -> None:
     except UserError as error:
         exit_with(error)
     except KeyboardInterrupt:
-        exit_with(UserError("interrupted: the same command goes on"))
+        exit_with(UserError("interrupted: run the same command to resume"))
     sys.exit(1 if failures else 0)
 
 

@@ -11,35 +11,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from data_loader.data_loaders import EvalBatches, StepData, make_loader
-from data_loader.dataset import normalize
+from data_loader.data_loaders import StepData
 from models import DeepLabV3
+from trainer.evaluate import evaluate
 from utils.checkpoint import final_checkpoint, load_weights, read_checkpoint
 from utils.config_file import load_config
+from utils.distributed import device
 from utils.errors import UserError, exit_with
-from utils.metrics import ConfusionMatrix, compute_metrics
 
 SCORES = (0.5, 0.4, 0.3, 0.2)
 
 
-@torch.inference_mode()
 def mean_iou(folder: Path, scores: tuple[float, ...] = SCORES) -> list[dict]:
-    """IoU (overall, old, new, by_class) on the step's test images, for each score asked for."""
+    """IoU in percent (overall, old, new, by_class) on the step's test images, for each score."""
     config = load_config(folder / "config.json")[0]
     path = final_checkpoint(folder)
     if path is None:
         raise UserError(f"no model in {folder}: give the folder of a finished step")
     data = StepData(config)
-    model = DeepLabV3(data.classes, config.arch.args.backbone).eval()
+    model = DeepLabV3(data.classes, config.arch.args.backbone)
     load_weights(model, read_checkpoint(path)["state_dict"], path)
-    matrices = [ConfusionMatrix(1 + sum(data.classes), torch.device("cpu")) for _ in scores]
-    dataset, batch_size = data.evaluation("test")
-    for batch in make_loader(dataset, EvalBatches(len(dataset), batch_size), 0, False):
-        best, channel = model(normalize(batch["image"]))[:, 1:].sigmoid().max(dim=1)
-        for matrix, score in zip(matrices, scores, strict=True):
-            matrix.update(batch["label"], torch.where(best > score, channel + 1, 0))
-    groups = data.groups("test")
-    metrics = (compute_metrics(m.counts.numpy(), data.class_names, *groups) for m in matrices)
+    model.to(device(), memory_format=torch.channels_last)
+    metrics = (evaluate(model, data, "test", device(), score) for score in scores)
     return [m["Mean_Intersection_over_Union"] for m in metrics]
 
 

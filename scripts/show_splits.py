@@ -36,7 +36,7 @@ def read_splits(root: str | Path, task: Task, cache_dir: str | Path | None = Non
 
 
 def format_json(task: Task, steps: list[dict]) -> str:
-    """The contract's JSON: task, setting, and per step its classes and the ids of its splits."""
+    """The splits as JSON: task, setting, and per step its classes and the ids of its splits."""
     keys = ("step", "classes", *SPLITS)
     rows = [{key: step[key] for key in keys} for step in steps]
     return json.dumps({"task": task.name, "setting": task.setting, "steps": rows})

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Train all steps of a task and evaluate the last; finished steps are skipped, a broken one goes on.
+# Train all steps of a task and evaluate the last; finished steps are skipped, an interrupted one is
+# resumed.
 #   bash scripts/train_voc.sh 5-3 overlap [flags of train_voc.py, for every step]
 # The settings below are the paper's; each can be set from outside, such as EPOCH=30 bash scripts/...
+# BS is per GPU: the paper's 32 are shared by those that this machine shows.
 # LAUNCHER starts a step: "python", or torchrun with its own flags (see scripts/train_voc.slurm).
 set -euo pipefail
 
@@ -14,17 +16,19 @@ shift 2
 cd "$(dirname "$0")/.."
 
 CONFIG=${CONFIG:-configs/config_voc.json}
-BS=${BS:-32} EPOCH=${EPOCH:-60} MEMORY_SIZE=${MEMORY_SIZE:-100}
+EPOCH=${EPOCH:-60} MEMORY_SIZE=${MEMORY_SIZE:-100}
 INIT_LR=${INIT_LR:-0.001} LR=${LR:-0.0001} INIT_POSWEIGHT=${INIT_POSWEIGHT:-2}
 PYTHON=${PYTHON:-python}
 LAUNCH=("$PYTHON")
 [ -z "${LAUNCHER:-}" ] || read -r -a LAUNCH <<<"$LAUNCHER"
 
-flags=(-c "$CONFIG" --multiprocessing_distributed --task_name "$TASK" --task_setting "$SETTING"
-    --bs "$BS" --epochs "$EPOCH" --mem_size "$MEMORY_SIZE" "$@")
-plan=$("$PYTHON" - "${flags[@]}" <<'PYTHON'
+task=(-c "$CONFIG" --multiprocessing_distributed --task_name "$TASK" --task_setting "$SETTING"
+    --epochs "$EPOCH" --mem_size "$MEMORY_SIZE")
+plan=$("$PYTHON" - "${task[@]}" "$@" <<'PYTHON'
 import os
 import sys
+
+import torch
 
 sys.path.insert(0, ".")
 from data_loader.tasks import get_task
@@ -36,14 +40,16 @@ try:
     task = get_task(config.task.name, config.task.setting)
 except UserError as error:
     exit_with(error)
-print(len(task.steps), os.environ.get("CUDA_VISIBLE_DEVICES", "all"), config.step_dir().parent, sep="\n")
+print(len(task.steps), config.step_dir().parent, sep="\n")
+print(os.environ.get("CUDA_VISIBLE_DEVICES", "all"), max(1, torch.cuda.device_count()), sep="\n")
 PYTHON
 )
-{ read -r steps; read -r gpus; read -r folder; } <<<"$plan"
-[ "$gpus" = all ] || export CUDA_VISIBLE_DEVICES=$gpus  # -d holds for the evaluation as well
+{ read -r steps; read -r folder; read -r visible; read -r gpus; } <<<"$plan"
+[ "$visible" = all ] || export CUDA_VISIBLE_DEVICES=$visible  # -d holds for the evaluation as well
+BS=${BS:-$((32 / gpus))}
 
-go_on=(--resume auto)
-case " $* " in *" --overwrite "*) go_on=() ;; esac
+resume=(--resume auto)
+case " $* " in *" --overwrite "*) resume=() ;; esac
 for ((step = 0; step < steps; step++)); do
     echo "== $TASK $SETTING, step $step of 0..$((steps - 1))"
     if [ "$step" -eq 0 ]; then
@@ -51,8 +57,8 @@ for ((step = 0; step < steps; step++)); do
     else
         own=(--lr "$LR" --freeze_bn)
     fi
-    "${LAUNCH[@]}" train_voc.py "${flags[@]:0:7}" "${own[@]}" "${flags[@]:7}" \
-        --task_step "$step" "${go_on[@]}"
+    "${LAUNCH[@]}" train_voc.py "${task[@]}" --bs "$BS" "${own[@]}" "$@" \
+        --task_step "$step" "${resume[@]}"
 done
 
 last=("$folder/step_$((steps - 1))"/checkpoint-epoch*.pth)

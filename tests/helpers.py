@@ -11,7 +11,6 @@ from utils.config import Config
 from utils.flags import FLAGS
 
 PROJECT = Path(__file__).resolve().parents[1]
-FACTS = PROJECT.parent / "shared" / "facts"
 
 SMALL = {
     "backbone": "tiny",

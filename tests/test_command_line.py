@@ -1,4 +1,4 @@
-"""The entry points as a user meets them: bad input, finished and interrupted steps, the brief."""
+"""The entry points as a user meets them: bad input, finished and interrupted steps."""
 
 import json
 import os
@@ -335,7 +335,7 @@ class TestBadCheckpoints:
         (folder / "last.pth").write_bytes((trained / "last.pth").read_bytes()[:-5000])
         before = snapshot(folder)
         flags = train_flags(voc_root, tmp_path, epochs=1)
-        assert "torn" in error_line(command("train_voc.py", *flags, "--resume", "auto"))
+        assert "is damaged" in error_line(command("train_voc.py", *flags, "--resume", "auto"))
         assert snapshot(folder) == before
 
     def test_another_architecture_is_named_by_its_first_key(self, trained, voc_root, tmp_path, command):
@@ -439,7 +439,7 @@ def help_of(script):
 
 
 @pytest.mark.parametrize("script", ["train_voc.py", "eval_voc.py"])
-def test_help_explains_the_contracts_flags_with_their_defaults(script):
+def test_help_explains_every_flag_with_its_default(script):
     result = help_of(script)
     assert result.returncode == 0 and result.stderr == ""
     text = " ".join(result.stdout.split())

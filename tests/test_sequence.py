@@ -16,7 +16,7 @@ from PIL import Image
 from data_loader.tasks import get_task
 from data_loader.voc import scan_label
 from scripts.make_synthetic_voc import make_synthetic_voc
-from tests.helpers import PROJECT, run_script
+from tests.helpers import PROJECT
 from utils.checkpoint import read_checkpoint
 
 SETTINGS = """
@@ -175,8 +175,3 @@ def test_the_sequence_script_refuses_an_unknown_task(tmp_path):
     text, _ = process.communicate(timeout=60)
     assert process.returncode == 2 and "error: unknown task '7-4'" in text
     assert list(tmp_path.iterdir()) == []
-
-
-def test_the_report_of_a_folder_without_steps_is_one_line(tmp_path):
-    result = run_script("scripts/report.py", tmp_path)
-    assert result.returncode == 2 and result.stderr.startswith("error: no step_")

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data_loader.data_loaders import StepData, TrainBatches, make_loader
 from data_loader.dataset import TrainDataset, normalize
+from data_loader.tasks import VOID
 from models.deeplabv3 import DeepLabV3, freeze_bn
 from trainer.evaluate import evaluate
 from trainer.health import Health
@@ -29,7 +30,7 @@ from utils.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from utils.config import Config
+from utils.config import GROUPS, Config
 from utils.distributed import all_sum, barrier, broadcast, device, peak_memory, rank, world_size
 from utils.errors import UserError
 from utils.logging import EpochRecords, log
@@ -156,10 +157,15 @@ class Trainer:
         if self.config.arch.args.freeze_all_bn:
             freeze_bn(self.model)
         health = Health(self.loss_parts, self.device, self.data.step)
-        with Progress(self, len(self.batches)) as progress:
-            for iteration, raw in enumerate(loader):
+        settings, iterations = self.config.trainer, len(self.batches)
+        title = f"epoch {self.epoch + 1}/{settings.epochs}"
+        with Progress(title, iterations, settings.verbosity == 2) as progress:
+            for iteration, raw in enumerate(loader, start=1):
                 self.train_iteration(raw, health)
-                progress.step(iteration, len(raw["id"]), health)
+                progress.advance(len(raw["id"]))
+                if iteration % settings.log_interval == 0 or iteration == iterations:
+                    loss = health.check(self.epoch)["loss"]
+                    progress.show(iteration, loss, self.scheduler.get_last_lr()[0])
         return health.epoch_means()
 
     def train_iteration(self, raw: dict, health: Health) -> None:
@@ -170,11 +176,11 @@ class Trainer:
             last = i == len(micro_batches) - 1
             with contextlib.nullcontext() if last or self.net is self.model else self.net.no_sync():
                 loss, micro_parts = self.training_loss(batch)
-                self.scaler.scale(loss * world_size()).backward()
+                self.scaler.scale(loss * world_size()).backward()  # DDP averages, the loss is a sum
             parts += micro_parts / batch.valid
         failed = health.record(parts, raw["id"])
         if not self.scaler.is_enabled():
-            self.optimizer.found_inf = failed
+            self.optimizer.found_inf = failed  # where it is 1, the fused optimiser skips its step
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -183,7 +189,7 @@ class Trainer:
     def to_device(self, raw: dict) -> list[Batch]:
         """A loader's batch as micro-batches on the device, without waiting for it."""
         move = {key: raw[key].to(self.device, non_blocking=True) for key in raw if key != "id"}
-        valid = all_sum((move["label"] != 255).sum()).clamp(min=1)
+        valid = all_sum((move["label"] != VOID).sum()).clamp(min=1)
         dtype = next(self.model.parameters()).dtype
         images = normalize(move["image"], move["label"], move["alone"]).to(dtype)
         pieces = self._micro_batches()
@@ -263,7 +269,7 @@ class Trainer:
                 self.scaler.load_state_dict(checkpoint["scaler"])
             self.epoch = checkpoint["epoch"]
             if self.epoch > self.config.trainer.epochs:
-                raise ValueError(f"it has had {self.epoch} epochs")
+                raise ValueError(f"it is at epoch {self.epoch} already")
             if not self.config.trainer.reset_best_mnt:
                 self.best, self.stale = checkpoint["best"], checkpoint["stale"]
         except (KeyError, ValueError) as error:
@@ -312,7 +318,7 @@ class Trainer:
             return False
         metrics = evaluate(self.model, self.data, "val", self.device)
         for metric in self.config.metrics:
-            for group in ("overall", "old", "new", "harmonic"):
+            for group in GROUPS:
                 record[monitor_name(metric, group)] = metrics[metric][group]
         if settings.monitor == "off":
             return False

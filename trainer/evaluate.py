@@ -1,5 +1,6 @@
 """Evaluation: one confusion matrix, each image counted once, in float32."""
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -11,8 +12,10 @@ from utils.metrics import ConfusionMatrix, compute_metrics
 
 
 @torch.inference_mode()
-def confusion_matrix(model: nn.Module, data: StepData, split: str, device: torch.device):
-    """Confusion matrix int64 [C, C] of a split over all processes, as a NumPy array.
+def confusion_matrix(
+    model: nn.Module, data: StepData, split: str, device: torch.device, score: float = 0.5
+) -> np.ndarray:
+    """Confusion matrix int64 [C, C] of a split over all processes, predicted above a score.
 
     Batches are fixed by the images' index in the split and arithmetic is float32 without TF32, so
     that the numbers do not depend on how the evaluation was started.
@@ -29,12 +32,14 @@ def confusion_matrix(model: nn.Module, data: StepData, split: str, device: torch
         for batch in loader:
             images = normalize(batch["image"].to(device, non_blocking=True))
             label = batch["label"].to(device, non_blocking=True)
-            matrix.update(label, predict(model(images)))
+            matrix.update(label, predict(model(images), score))
     model.train(was_training)
     return all_sum(matrix.counts).cpu().numpy()
 
 
-def evaluate(model: nn.Module, data: StepData, split: str, device: torch.device) -> dict:
+def evaluate(
+    model: nn.Module, data: StepData, split: str, device: torch.device, score: float = 0.5
+) -> dict:
     """Metrics of a split (utils.metrics.compute_metrics), equal in every process."""
-    counts = confusion_matrix(model, data, split, device)
+    counts = confusion_matrix(model, data, split, device, score)
     return compute_metrics(counts, data.class_names, *data.groups(split))

@@ -3,17 +3,12 @@
 import torch
 
 from data_loader.dataset import TrainDataset
-from data_loader.paste import (
-    Bank,
-    Composite,
-    PasteAugmentation,
-    ignore_doubtful,
-    pseudo_labels,
-)
+from data_loader.paste import Bank, Composite, PasteAugmentation
 from models.deeplabv3 import DeepLabV3, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
 from trainer.base import Batch, Trainer, check_order
 from trainer.base_step import trainable
+from trainer.pseudo_labels import ignore_doubtful, pseudo_labels
 from utils.checkpoint import load_weights, read_checkpoint
 from utils.logging import log
 
@@ -80,17 +75,34 @@ class IncrementalStep(Trainer):
         if settings.ignore_thresh is not None:
             weights = composite.weights
             labels = ignore_doubtful(labels, teacher_logits, settings.ignore_thresh, weights)
-        distils = settings.kd_mode != "none" and settings.kd > 0
-        if distils and (self.paste or teacher_logits is None):
+        if self._distils() and (self.paste or teacher_logits is None):
             teacher_logits = self.teach(composite.images)
         with self.autocast():
             logits = self.net(composite.images, upsample=False)
-        size = batch.images.shape[-2:]
+        return self.losses(logits, teacher_logits, batch, labels, composite)
+
+    def _distils(self):
+        return self.config.hyperparameter.kd_mode != "none" and self.config.hyperparameter.kd > 0
+
+    def losses(
+        self,
+        logits: torch.Tensor,
+        teacher_logits: torch.Tensor | None,
+        batch: Batch,
+        labels: torch.Tensor,
+        composite: Composite,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and its parts from the logits of a composite at stride 16.
+
+        logits float [N, C, h, w] of the student; teacher_logits [N, S, h, w], None without
+        distillation; labels uint8 [N, H, W] with pseudo labels.
+        """
+        settings, size = self.config.hyperparameter, labels.shape[-2:]
 
         def parts_of(i, z):
             weights = composite.weights[i].to(z.dtype)
             bce = bce_sum(z, labels[i], composite.classes[i], weights, settings.pos_weight)
-            if not distils:
+            if not self._distils():
                 return torch.stack([settings.mbce * bce, torch.zeros_like(bce)])
             kd = distillation_sum(
                 z,

@@ -2,16 +2,15 @@
 
 from collections.abc import Iterable
 
-from utils.config import METRICS, Config
+from utils.config import GROUPS, METRICS, Config
 from utils.errors import UserError
 
 
 def parse_monitor(monitor: str, metrics: Iterable[str] = METRICS) -> tuple[str, str]:
-    """('max' or 'min', key of the epoch record), from the family's 'max val_<metric>[_<group>]'."""
+    """('max' or 'min', key of the epoch record), from 'max val_<metric>[_<group>]'."""
     mode, _, name = monitor.partition(" ")
     name = name if name.startswith("val_") else f"val_{name}"
-    groups = ("overall", "old", "new", "harmonic")
-    names = {monitor_name(m, g) for m in metrics for g in groups}
+    names = {monitor_name(m, g) for m in metrics for g in GROUPS}
     if mode not in ("max", "min") or name not in names:
         raise UserError(
             f"trainer.monitor is {monitor!r}; allowed: off, or max or min and one of "

@@ -5,20 +5,18 @@ import time
 
 from tqdm import tqdm
 
-from trainer.health import Health
 from utils.distributed import rank, world_size
 from utils.logging import log
 
 
 class Progress:
-    """Progress within an epoch: a bar on a terminal, else a line every log_interval iterations."""
+    """A bar on a terminal, else a line for each `show`; nothing in other processes than the first."""
 
-    def __init__(self, trainer, iterations: int):
-        self.trainer, self.iterations = trainer, iterations
-        shown = rank() == 0 and trainer.config.trainer.verbosity == 2
+    def __init__(self, title: str, iterations: int, shown: bool = True):
+        self.title, self.iterations = title, iterations
+        shown = shown and rank() == 0
         self.lines = shown and not sys.stderr.isatty()
-        self.title = f"epoch {trainer.epoch + 1}/{trainer.config.trainer.epochs}"
-        self.bar = tqdm(total=iterations, desc=self.title, disable=not shown or self.lines, leave=False)
+        self.bar = tqdm(total=iterations, desc=title, disable=not shown or self.lines, leave=False)
         self.images, self.started = 0, time.perf_counter()
 
     def __enter__(self):
@@ -27,18 +25,15 @@ class Progress:
     def __exit__(self, *_):
         self.bar.close()
 
-    def step(self, iteration: int, images: int, health: Health) -> None:
+    def advance(self, images: int) -> None:
+        """An iteration with so many images in each process is over."""
         self.images += images * world_size()
         self.bar.update()
-        last = iteration == self.iterations - 1
-        if not last and (iteration + 1) % self.trainer.config.trainer.log_interval:
-            return
-        loss = health.check(self.trainer.epoch)["loss"]
-        lr = self.trainer.scheduler.get_last_lr()[0]
+
+    def show(self, iteration: int, loss: float, lr: float) -> None:
+        """Show loss, learning rate and images per second since the start."""
         speed = self.images / (time.perf_counter() - self.started)
-        self.bar.set_postfix_str(f"loss {loss:.4f}, lr {lr:.2e}, {speed:.1f} images/s")
+        text = f"loss {loss:.4f}, lr {lr:.2e}, {speed:.1f} images/s"
+        self.bar.set_postfix_str(text)
         if self.lines:
-            log.info(
-                f"{self.title} iteration {iteration + 1}/{self.iterations}: "
-                f"loss {loss:.4f}, lr {lr:.2e}, {speed:.1f} images/s"
-            )
+            log.info(f"{self.title} iteration {iteration}/{self.iterations}: {text}")

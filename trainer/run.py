@@ -14,7 +14,7 @@ from trainer.monitor import check_monitor
 from utils.arguments import Run
 from utils.checkpoint import final_checkpoint, load_weights, read_checkpoint, write_json
 from utils.config import Config
-from utils.config_file import differences, load_config
+from utils.config_file import differences, is_finished, load_config
 from utils.distributed import device, rank
 from utils.errors import UserError
 from utils.logging import log, set_up_logging
@@ -31,9 +31,11 @@ def train(config: Config, run: Run) -> None:
         _evaluate(config, checkpoint, run.output)
         return
     check_monitor(config)
-    resume = _where_to_start(config, run)
-    if resume == "finished":
+    if not run.overwrite and is_finished(config):
+        if rank() == 0:
+            print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
         return
+    resume = _where_to_start(config, run)
     data = StepData(config)  # in its barrier, all processes have seen what was there
     _start_log(config, run, config.step_dir(kind="log"))
     previous = previous_checkpoint(config, run) if data.step else None
@@ -80,28 +82,18 @@ def _finished_checkpoint(folder):
 
 
 def _where_to_start(config, run):
-    """Checkpoint to resume from, None to start anew, or 'finished'; refuses to lose a started run."""
+    """Checkpoint to resume from, or None to start anew; refuses to lose a started run."""
     folder = config.step_dir()
     last = folder / "last.pth"
     if run.overwrite:
         return None
-    if (folder / "metrics.json").is_file() and (folder / "config.json").is_file():
-        changed = differences(load_config(folder / "config.json")[0], config)
-        if changed:
-            raise UserError(
-                f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
-                "another --name, or --overwrite it"
-            )
-        if rank() == 0:
-            print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
-        return "finished"
     if run.resume and run.resume != "auto":
         return _resume_from(Path(run.resume), folder, config)
     if run.resume and last.is_file():
         return _resume_from(last, folder, config)
     if last.is_file():
         raise UserError(
-            f"{folder} holds an unfinished step: --resume auto goes on with it, --overwrite starts anew"
+            f"{folder} holds an unfinished step: --resume auto resumes it, --overwrite starts anew"
         )
     if final_checkpoint(folder):
         raise UserError(

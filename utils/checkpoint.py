@@ -52,7 +52,7 @@ def read_file(path: str | Path, what: str = "checkpoint") -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
         kind = type(error).__name__
-        raise UserError(f"{path} is torn or is no {what} that can be read safely ({kind})") from None
+        raise UserError(f"{path} is damaged, or no {what} that can be read safely ({kind})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no {what}: a dictionary is needed")
     return content

@@ -1,4 +1,4 @@
-"""The configuration: the family's JSON shape as typed dataclasses.
+"""The configuration: the JSON shape of DKD and EIR as typed dataclasses.
 
 Each option is declared once, here: name, type, default, allowed values, help. utils/config_file.py
 reads them from JSON, utils/flags.py from the command line.
@@ -91,7 +91,7 @@ class EvalSet:
 
 
 @dataclass
-class Memory:
+class MemoryArgs:
     mem_size: int = option(100, "stored instances in all, 0: no memory", low=0)
     replay: str = option(
         "eir",
@@ -110,7 +110,7 @@ class DataArgs:
     test: EvalSet = section(EvalSet)
     num_workers: int = option(4, "loader processes per training process", low=0)
     pin_memory: bool = option(True, "pinned host memory for copies to the GPU")
-    memory: Memory = section(Memory)
+    memory: MemoryArgs = section(MemoryArgs)
 
 
 @dataclass
@@ -134,7 +134,7 @@ class Optimizer:
 
 
 @dataclass
-class Paste:
+class PasteArgs:
     """Switches of EIR's paste (METHOD 5, 2-5); the defaults are the paper's."""
 
     pastes: int = option(3, "instances pasted into an image, at most", low=1, high=20)
@@ -142,13 +142,15 @@ class Paste:
         250, "side of a cell in pixels at crop 512, scaled with the crop", low=1, high=512
     )
     beta: float = option(1.0, "parameter of the Beta distribution of lambda", low=1e-3)
-    lambda_min: float = option(0.0, "lower bound of lambda", low=0, high=1)
+    lambda_min: float = option(
+        0.0, "lower bound of lambda, an instance's weight in the mix", low=0, high=1
+    )
     class_combination: bool = option(True, "potential old classes first; off: random classes")
     position: bool = option(True, "cells with most background first; off: random cells")
     fusion: bool = option(True, "mix instance and image by lambda; off: lambda 1")
     fill_in: str = option(
         "best",
-        "cell of the random fill-in classes; none: no fill-ins",
+        "cells of the random fill-in classes: all in the best, or the next ones; none: no fill-ins",
         choices=("best", "next", "none"),
     )
     max_upscale: float | None = option(None, "largest magnification of an instance", low=0.01)
@@ -165,15 +167,19 @@ class Hyperparameter:
     pseudo_thresh: float = option(0.7, "score from which a pseudo label is taken", low=0, high=1)
     ignore_thresh: float | None = option(
         None,
-        "with pseudo labels: score of an old class from which background that has none, and no "
-        "instance on it, is left out of the BCE; none: it counts as background",
+        "score of an old class from which background without a pseudo label and without an instance "
+        "is left out of the BCE (needs pseudo labels); none: all counts as background",
         low=0,
         high=1,
     )
     pseudo_labels: bool = option(True, "pseudo labels of the old classes from the teacher")
     kd_mode: str = option("rskd", "distillation", choices=("none", "plain", "unbiased", "rskd"))
-    rskd_region: str = option("all", "pixels that count in rskd", choices=("all", "new"))
-    paste: Paste = section(Paste)
+    rskd_region: str = option(
+        "all",
+        "pixels distilled on; new: of new classes, without an instance",
+        choices=("all", "new"),
+    )
+    paste: PasteArgs = section(PasteArgs)
 
 
 @dataclass
@@ -194,6 +200,7 @@ class Evaluator:
 
 
 METRICS = ("Pixel_Accuracy", "Pixel_Accuracy_Class", "Mean_Intersection_over_Union")
+GROUPS = ("overall", "old", "new", "harmonic")  # what each of them is the mean over
 
 
 @dataclass
@@ -229,7 +236,7 @@ class Config:
     world_size: int = option(1, "number of nodes", low=1)
     dist_backend: str = option("nccl", "backend on CUDA (the CPU has gloo)", choices=("nccl", "gloo"))
     dist_url: str | None = option(None, "tcp://host:port of the first process; none: a free port")
-    n_gpu: int = option(1, "accepted from the family's files; the visible GPUs decide", low=0)
+    n_gpu: int = option(1, "accepted from files of DKD and EIR; the visible GPUs decide", low=0)
     arch: Arch = section(Arch)
     data_loader: DataLoaderSection = section(DataLoaderSection)
     optimizer: Optimizer = section(Optimizer)
@@ -237,7 +244,8 @@ class Config:
     lr_scheduler: LRScheduler = section(LRScheduler)
     evaluator: Evaluator = section(Evaluator)
     metrics: list[str] = field(
-        default_factory=lambda: list(METRICS), metadata={"help": "reported", "each": METRICS}
+        default_factory=lambda: list(METRICS),
+        metadata={"help": "validated", "each": METRICS},
     )
     trainer: TrainerSection = section(TrainerSection)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from utils.config import Config
 from utils.errors import UserError
 
-# Keys of the family that mean nothing here, each with the values that are harmless (None: any).
+# Keys of DKD and EIR that mean nothing here, each with the values that are harmless (None: any).
 IGNORED = {
     "test": None,
     "data_loader.args.val.cross_val": (False,),
@@ -30,7 +30,7 @@ IGNORED = {
 def load_config(path: str | Path) -> tuple[Config, list[str]]:
     """Read a JSON configuration.
 
-    Returns the configuration and the family's keys that were ignored.
+    Returns the configuration and the keys that were ignored.
     Raises UserError for a missing or malformed file, unknown keys, wrong types, impossible values.
     """
     try:
@@ -136,6 +136,20 @@ def differences(old: Config, new: Config) -> list[str]:
     flat_old, flat_new = _flatten(old.to_dict()), _flatten(new.to_dict())
     keys = {**flat_old, **flat_new}
     return [k for k in keys if flat_old.get(k) != flat_new.get(k) and k not in _INCIDENTAL]
+
+
+def is_finished(config: Config) -> bool:
+    """True if the step has its results; UserError if they come from other settings."""
+    folder = config.step_dir()
+    if not ((folder / "metrics.json").is_file() and (folder / "config.json").is_file()):
+        return False
+    changed = differences(load_config(folder / "config.json")[0], config)
+    if changed:
+        raise UserError(
+            f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
+            "another --name or --save_dir, or --overwrite it"
+        )
+    return True
 
 
 def _flatten(tree, prefix=""):

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -16,7 +17,7 @@ class UserError(Exception):
         return super().__str__().rpartition("UserError: ")[2].strip()
 
 
-def exit_with(error: UserError, rank: int | None = None) -> None:
+def exit_with(error: UserError, rank: int | None = None) -> NoReturn:
     """Print the error as one line on standard error and end this process with exit code 2.
 
     rank: of this process, by default what torchrun says. The first process speaks for all: its end

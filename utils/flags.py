@@ -63,7 +63,7 @@ def add_config_flags(parser: argparse.ArgumentParser, config: Config) -> None:
     for flags, paths in FLAGS.items():
         hint, metadata = _declared(paths[0])
         default = _get(config, paths[0])
-        shown = {"True": "on", "False": "off", "None": "none"}.get(str(default), default)
+        shown = {"True": "on", "False": "off", "None": "not set"}.get(str(default), default)
         text = f"{metadata['help']} (default: {shown})".replace("%", "%%")
         dest = paths[0].replace(".", "__")
         settings = {"dest": dest, "default": argparse.SUPPRESS, "help": text}

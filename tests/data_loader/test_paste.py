@@ -16,8 +16,6 @@ from data_loader.paste import (
     Numbers,
     PasteAugmentation,
     cell_size,
-    ignore_doubtful,
-    pseudo_labels,
 )
 from data_loader.voc import read_label
 from models.losses import auxiliary_sum, bce_sum, distillation_sum, sum_over_images
@@ -25,11 +23,10 @@ from tests.data_loader.paste_reference import (
     Stored,
     Waits,
     no_waiting,
-    plain_ignore_doubtful,
     plain_paste,
-    plain_pseudo_labels,
 )
-from utils.config import Paste
+from trainer.pseudo_labels import ignore_doubtful, pseudo_labels
+from utils.config import PasteArgs
 
 CPU = torch.device("cpu")
 VOID = 255
@@ -130,7 +127,7 @@ class Case:
 
 
 SETTINGS = st.builds(
-    Paste,
+    PasteArgs,
     pastes=st.integers(1, 4),
     cell=st.sampled_from([250, 250, 250, 512, 300, 160]),
     beta=st.sampled_from([1.0, 0.3]),
@@ -184,7 +181,7 @@ class TestAgainstThePlainPaste:
         seen = set()
         for seed in range(40):
             shapes = [(20, 7, "holes"), (130, 60, "shared"), (3, 3, "full"), (1, 7, "full")]
-            case = Case(Paste(), 32 + seed, 4, ["random", "background"], shapes, seed)
+            case = Case(PasteArgs(), 32 + seed, 4, ["random", "background"], shapes, seed)
             plan = case.paste.plan(
                 case.given, case.labels, case.paste.numbers.split(case.numbers), case.replayed
             )
@@ -258,7 +255,7 @@ class TestProperties:
             assert torch.equal(getattr(first, field), getattr(second, field))
 
     def test_void_under_a_paste_does_not_count(self):
-        case = Case(Paste(fusion=False), 64, 4, ["void"], [(20, 20, "full")], seed=1)
+        case = Case(PasteArgs(fusion=False), 64, 4, ["void"], [(20, 20, "full")], seed=1)
         composite = case.paste(*case.batch)
         assert (composite.weights > 0).any()
         logits = torch.randn(5, 64, 64, requires_grad=True)
@@ -301,11 +298,11 @@ def chosen_sets(plan):
 
 class TestClassCombination:
     def test_exactly_two_potential_classes_get_no_company(self):
-        plan = plans(Paste(), squares(7), label_map(), label_map(2, 5), 7)
+        plan = plans(PasteArgs(), squares(7), label_map(), label_map(2, 5), 7)
         assert all(sorted(chosen) == [2, 5] for chosen in chosen_sets(plan))
 
     def test_of_more_than_three_potential_classes_three_are_kept_at_random(self):
-        plan = plans(Paste(), squares(7), label_map(), label_map(1, 2, 3, 4, 6), 7)
+        plan = plans(PasteArgs(), squares(7), label_map(), label_map(1, 2, 3, 4, 6), 7)
         chosen = chosen_sets(plan)
         assert all(len(set(c)) == 3 and 5 not in c for c in chosen)
         counts = [sum(k in c for c in chosen) for k in (1, 2, 3, 4, 6)]
@@ -315,7 +312,7 @@ class TestClassCombination:
     @pytest.mark.parametrize("potential", [0, 1])
     def test_fill_ins_are_distinct_and_reach_every_old_class(self, potential):
         shown = (3,) * potential
-        plan = plans(Paste(), squares(7), label_map(), label_map(*shown), 7)
+        plan = plans(PasteArgs(), squares(7), label_map(), label_map(*shown), 7)
         chosen = chosen_sets(plan)
         assert all(len(set(c)) == 3 and tuple(c[:potential]) == shown for c in chosen)
         counts = [sum(k in c for c in chosen) for k in range(1, 7)]
@@ -324,42 +321,42 @@ class TestClassCombination:
         assert min(counts) > 50
 
     def test_fill_ins_repeat_only_when_the_stored_classes_run_out(self):
-        plan = plans(Paste(), squares(7, only=[2, 6]), label_map(), label_map(), 7)
+        plan = plans(PasteArgs(), squares(7, only=[2, 6]), label_map(), label_map(), 7)
         assert all(c in ([2, 6, 2], [6, 2, 6]) for c in chosen_sets(plan))
-        plan = plans(Paste(), squares(7, only=[6]), label_map(), label_map(), 7)
+        plan = plans(PasteArgs(), squares(7, only=[6]), label_map(), label_map(), 7)
         assert all(c == [6, 6, 6] for c in chosen_sets(plan))
 
     def test_classes_without_entries_take_no_part(self):
         memory = squares(7, only=[1, 2, 3, 4])
-        plan = plans(Paste(), memory, label_map(), label_map(5, 6, 4), 7)
+        plan = plans(PasteArgs(), memory, label_map(), label_map(5, 6, 4), 7)
         assert all(len(set(c)) == 3 and c[0] == 4 and set(c) <= {1, 2, 3, 4} for c in chosen_sets(plan))
 
     def test_classes_that_the_given_labels_show_are_no_potential_classes(self):
-        plan = plans(Paste(), squares(7), label_map(2, 5, 6), label_map(2, 5, 6, 3, 4), 7)
+        plan = plans(PasteArgs(), squares(7), label_map(2, 5, 6), label_map(2, 5, 6, 3, 4), 7)
         assert all(sorted(c) == [3, 4] for c in chosen_sets(plan))
 
     def test_without_fill_ins_only_potential_classes_are_pasted(self):
-        settings = Paste(fill_in="none")
+        settings = PasteArgs(fill_in="none")
         assert not any(chosen_sets(plans(settings, squares(7), label_map(), label_map(), 7)))
         plan = plans(settings, squares(7), label_map(), label_map(6), 7)
         assert all(c == [6] for c in chosen_sets(plan))
 
     def test_off_means_random_classes(self):
-        settings = Paste(class_combination=False)
+        settings = PasteArgs(class_combination=False)
         plan = plans(settings, squares(7), label_map(), label_map(2, 5), 7)
         chosen = chosen_sets(plan)
         assert all(len(set(c)) == 3 for c in chosen)
         assert min(sum(k in c for c in chosen) for k in range(1, 7)) > 50
 
     def test_an_empty_memory_pastes_nothing(self):
-        plan = plans(Paste(), squares(7, only=[]), label_map(), label_map(1, 2, 3), 7)
+        plan = plans(PasteArgs(), squares(7, only=[]), label_map(), label_map(1, 2, 3), 7)
         assert not plan.used.any()
 
     def test_replay_images_are_left_alone_on_request(self):
         arguments = squares(7), label_map(), label_map(2, 5), 7
-        assert plans(Paste(), *arguments, replayed=True).used.any()
-        assert not plans(Paste(on_replay=False), *arguments, replayed=True).used.any()
-        assert plans(Paste(on_replay=False), *arguments, replayed=False).used.any()
+        assert plans(PasteArgs(), *arguments, replayed=True).used.any()
+        assert not plans(PasteArgs(on_replay=False), *arguments, replayed=True).used.any()
+        assert plans(PasteArgs(on_replay=False), *arguments, replayed=False).used.any()
 
 
 class TestSelectionAndPosition:
@@ -368,47 +365,47 @@ class TestSelectionAndPosition:
         memory.images += [memory.images[1]] * 3
         memory.labels += [memory.labels[1]] * 3
         memory.drawn_for += [2] * 3
-        plan = plans(Paste(), memory, label_map(), label_map(2, 3), 4)
+        plan = plans(PasteArgs(), memory, label_map(), label_map(2, 3), 4)
         entries = plan.entry[plan.classes == 2]
         assert sorted(entries.unique().tolist()) == [1, 3, 4, 5]
         counts = [int((entries == e).sum()) for e in (1, 3, 4, 5)]
         assert min(counts) > 25
 
     def test_cells_with_most_background_come_first_and_ties_in_raster_order(self):
-        assert cell_size(Paste(), 64) == 31
+        assert cell_size(PasteArgs(), 64) == 31
         labels = label_map()
         labels[:31, :31] = 6
         labels[31:62, :31] = VOID
         labels[31:36, 31:62] = 6
         labels[62:] = 4
         labels[:, 62:] = 5
-        plan = plans(Paste(), squares(7), label_map(), labels, 7, count=50)
+        plan = plans(PasteArgs(), squares(7), label_map(), labels, 7, count=50)
         assert all(row == [1, 2, 3] for row in plan.cell.tolist())
-        plan = plans(Paste(), squares(7), labels, labels, 7, count=50)
+        plan = plans(PasteArgs(), squares(7), labels, labels, 7, count=50)
         assert all(row == [1, 1, 1] for row in plan.cell.tolist())
-        plan = plans(Paste(fill_in="next"), squares(7), labels, labels, 7, count=50)
+        plan = plans(PasteArgs(fill_in="next"), squares(7), labels, labels, 7, count=50)
         assert all(row == [1, 2, 3] for row in plan.cell.tolist())
 
     def test_potential_classes_take_their_own_cells_and_fill_ins_the_best(self):
-        plan = plans(Paste(pastes=4), squares(7), label_map(), label_map(6), 7, count=50)
+        plan = plans(PasteArgs(pastes=4), squares(7), label_map(), label_map(6), 7, count=50)
         best = plan.cell[:, 0]
         assert (plan.cell == best[:, None]).all()
-        plan = plans(Paste(), squares(7), label_map(), label_map(1, 5, 6), 7, count=50)
+        plan = plans(PasteArgs(), squares(7), label_map(), label_map(1, 5, 6), 7, count=50)
         assert all(row == [2, 3, 0] for row in plan.cell.tolist())
 
     def test_off_means_random_cells_without_repetition(self):
-        plan = plans(Paste(position=False, pastes=4), squares(7), label_map(), label_map(), 7)
+        plan = plans(PasteArgs(position=False, pastes=4), squares(7), label_map(), label_map(), 7)
         assert all(sorted(row) == [0, 1, 2, 3] for row in plan.cell.tolist())
         assert all(len(column.unique()) == 4 for column in plan.cell.T)
 
     def test_more_pastes_than_cells_start_again_from_the_best(self):
-        settings = Paste(cell=512)
+        settings = PasteArgs(cell=512)
         plan = plans(settings, squares(7), label_map(), label_map(1, 5, 6), 7, count=20)
         assert not plan.cell.any()
 
     @pytest.mark.parametrize(("crop", "cell", "grid"), [(512, 250, 2), (64, 31, 2), (100, 48, 2)])
     def test_the_cell_is_scaled_with_the_crop(self, crop, cell, grid):
-        paste = PasteAugmentation(Paste(), crop, Bank.pack(squares(3), 3, CPU))
+        paste = PasteAugmentation(PasteArgs(), crop, Bank.pack(squares(3), 3, CPU))
         assert (paste.cell, paste.grid) == (cell, grid)
         assert paste.numbers.lengths["cells"] == grid**2
 
@@ -423,7 +420,7 @@ class TestFusion:
         return paste(images, label_map()[None], labels[None], numbers, torch.tensor([False]))
 
     def test_a_plain_square_by_hand(self):
-        settings = Paste(fill_in="none", augment=False)
+        settings = PasteArgs(fill_in="none", augment=False)
         labels = label_map(2)
         composite = self.compose(settings, squares(3), labels, share=[0.75, 0.1, 0.1])
         weights = torch.zeros(3, 64, 64)
@@ -438,15 +435,15 @@ class TestFusion:
     def test_the_smaller_side_keeps_the_aspect(self):
         memory = squares(3, only=[2])
         memory.images, memory.labels = [memory.images[0][:, :4]], [memory.labels[0][:, :4]]
-        settings = Paste(fill_in="none", augment=False, fusion=False)
+        settings = PasteArgs(fill_in="none", augment=False, fusion=False)
         weights = self.compose(settings, memory, label_map(2)).weights[0, 0]
         assert weights.any(dim=1).sum() == 31 and weights.any(dim=0).sum() == 16
-        capped = Paste(fill_in="none", augment=False, fusion=False, max_upscale=2.0)
+        capped = PasteArgs(fill_in="none", augment=False, fusion=False, max_upscale=2.0)
         weights = self.compose(capped, memory, label_map(2)).weights[0, 0]
         assert weights.any(dim=1).sum() == 16 and weights.any(dim=0).sum() == 8
 
     def test_later_pastes_take_their_share_of_earlier_ones(self):
-        settings = Paste(augment=False)
+        settings = PasteArgs(augment=False)
         labels = label_map(1)
         weights = self.compose(settings, squares(3), labels, share=[0.5, 0.4, 0.25]).weights[0]
         at = weights[:, weights.sum(dim=0) > 0]
@@ -456,24 +453,24 @@ class TestFusion:
     @pytest.mark.parametrize("shape", [(1, 9), (9, 1), (1, 1)])
     def test_regions_one_pixel_wide_or_high_are_skipped(self, shape):
         memory = Stored([np.zeros((*shape, 3), np.uint8)], [np.full(shape, 2, np.uint8)], [2])
-        composite = self.compose(Paste(), memory, label_map(2))
+        composite = self.compose(PasteArgs(), memory, label_map(2))
         assert not composite.weights.any() and (composite.images == 0.25).all()
 
     def test_lambda_has_a_lower_bound_and_is_one_without_fusion(self):
         arguments = squares(7), label_map(), label_map(), 7
-        free, bounded = plans(Paste(), *arguments), plans(Paste(lambda_min=0.6), *arguments)
+        free, bounded = plans(PasteArgs(), *arguments), plans(PasteArgs(lambda_min=0.6), *arguments)
         assert free.share.min() < 0.05 and free.share.max() > 0.95
         assert torch.allclose(bounded.share, 0.6 + 0.4 * free.share)
-        assert (plans(Paste(fusion=False), *arguments).share == 1).all()
+        assert (plans(PasteArgs(fusion=False), *arguments).share == 1).all()
 
     def test_stretch_and_mirror_cover_their_ranges(self):
         memory = Stored([np.zeros((40, 40, 3), np.uint8)], [np.full((40, 40), 1, np.uint8)], [1])
-        plan = plans(Paste(), memory, label_map(), label_map(), 2, crop=64)
+        plan = plans(PasteArgs(), memory, label_map(), label_map(), 2, crop=64)
         ratio = plan.width.float() / plan.height.float()
         assert 0.72 < ratio.min() < 0.78 and 1.28 < ratio.max() < 1.38
         assert 0.4 < (ratio > 1).float().mean() < 0.6
         assert 0.4 < plan.mirror.float().mean() < 0.6
-        plain = plans(Paste(augment=False), memory, label_map(), label_map(), 2)
+        plain = plans(PasteArgs(augment=False), memory, label_map(), label_map(), 2)
         assert not plain.mirror.any() and (plain.width == plain.height).all()
 
     def test_instances_do_not_mix_with_what_is_stored_around_them(self):
@@ -482,14 +479,14 @@ class TestFusion:
         label[4:6, 4:6] = 0
         images = [np.full((12, 12, 3), 200, np.uint8) for _ in range(2)]
         images[1][label == 0] = (255, 0, 255)
-        settings = Paste(fill_in="none", augment=False, fusion=False)
+        settings = PasteArgs(fill_in="none", augment=False, fusion=False)
         a, b = (self.compose(settings, Stored([i], [label], [2]), label_map(2)) for i in images)
         assert a.weights.any() and torch.equal(a.images, b.images)
 
 
 class TestNumbers:
     def test_numbers_are_uniform_but_for_the_shares(self):
-        draw = Numbers(Paste(beta=0.2), 64)
+        draw = Numbers(PasteArgs(beta=0.2), 64)
         rows = torch.stack([draw(np.random.default_rng(i)) for i in range(400)])
         assert rows.dtype == torch.float32 and rows.min() >= 0 and rows.max() <= 1
         parts = draw.split(rows)
@@ -502,73 +499,10 @@ class TestNumbers:
         assert abs(parts["share"].var() - 1 / 4 / 1.4) < 0.03
 
     def test_the_generator_alone_decides(self):
-        draw = Numbers(Paste(), 64)
+        draw = Numbers(PasteArgs(), 64)
         first, again = (draw(np.random.default_rng((1, 2, 3))) for _ in range(2))
         assert torch.equal(first, again)
         assert not torch.equal(first, draw(np.random.default_rng((1, 2, 4))))
-
-
-class TestPseudoLabels:
-    def random_case(self, seed, n=3, channels=5, size=(24, 20)):
-        g = torch.Generator().manual_seed(seed)
-        teacher = 2.5 * torch.randn(n, channels, size[0] // 4, size[1] // 4, generator=g)
-        labels = torch.randint(0, 4, (n, *size), generator=g)
-        labels = torch.tensor([0, 0, 7, VOID])[labels].to(torch.uint8)
-        return labels, teacher
-
-    @pytest.mark.parametrize("threshold", [0.0, 0.5, 0.7, 0.95])
-    @pytest.mark.parametrize("seed", range(3))
-    def test_they_equal_the_plain_ones(self, seed, threshold):
-        labels, teacher = self.random_case(seed)
-        before = labels.clone()
-        found = pseudo_labels(labels, teacher, threshold)
-        assert torch.equal(found, plain_pseudo_labels(labels, teacher, threshold))
-        assert torch.equal(labels, before) and found.dtype == torch.uint8
-        assert torch.equal(found[labels != 0], labels[labels != 0])
-        assert (found != labels).any()
-
-    def test_the_threshold_itself_is_enough(self):
-        labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
-        teacher = torch.full((1, 3, 2, 2), -9.0)
-        teacher[:, 2] = 0.9
-        score = float(torch.tensor(0.9).sigmoid())
-        assert (pseudo_labels(labels, teacher, score) == 2).all()
-        assert not pseudo_labels(labels, teacher, score + 1e-6).any()
-
-    def test_background_that_wins_keeps_its_pixels(self):
-        labels = torch.zeros(1, 8, 8, dtype=torch.uint8)
-        teacher = torch.full((1, 3, 2, 2), 3.0)
-        teacher[:, 0] = 4.0
-        assert not pseudo_labels(labels, teacher, 0.7).any()
-        teacher[:, 0] = 2.0
-        teacher[:, 1] = 3.5
-        assert (pseudo_labels(labels, teacher, 0.7) == 1).all()
-
-    @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 0.9])
-    @pytest.mark.parametrize("seed", range(3))
-    def test_doubtful_ones_equal_the_plain_ones(self, seed, threshold):
-        labels, teacher = self.random_case(seed)
-        before = labels.clone()
-        g = torch.Generator().manual_seed(seed)
-        weights = torch.rand(len(labels), 2, *labels.shape[1:], generator=g)
-        weights *= torch.rand(weights.shape, generator=g) < 0.2
-        found = ignore_doubtful(labels, teacher, threshold, weights)
-        assert torch.equal(found, plain_ignore_doubtful(labels, teacher, threshold, weights))
-        assert torch.equal(labels, before) and found.dtype == torch.uint8
-        changed = found != labels
-        assert changed.any() and (found[changed] == VOID).all() and (labels[changed] == 0).all()
-        covered = (labels == 0) & weights.any(dim=1)
-        assert covered.any() and not found[covered].any()
-
-    def test_the_threshold_of_doubt_itself_is_enough(self):
-        labels = torch.tensor([0, 0, 5, VOID], dtype=torch.uint8).repeat(1, 8, 2)
-        teacher = torch.full((1, 3, 2, 2), -9.0)
-        teacher[:, 0], teacher[:, 2] = 4.0, 0.4  # the background's own score does not matter
-        score = float(torch.tensor(0.4).sigmoid())
-        nothing = torch.zeros(1, 0, 8, 8)
-        expected = torch.where(labels == 0, VOID, labels)
-        assert torch.equal(ignore_doubtful(labels, teacher, score, nothing), expected)
-        assert torch.equal(ignore_doubtful(labels, teacher, score + 1e-6, nothing), labels)
 
 
 def training_path(case, device):
@@ -615,7 +549,7 @@ def training_path(case, device):
 
 def waiting_case(**switches):
     shapes = [(20, 7, "holes"), (130, 60, "shared"), (3, 3, "full"), (1, 7, "full")]
-    return Case(Paste(**switches), 64, 4, ["random", "background", "void"], shapes, seed=3)
+    return Case(PasteArgs(**switches), 64, 4, ["random", "background", "void"], shapes, seed=3)
 
 
 SWITCHES = [

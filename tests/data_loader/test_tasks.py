@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 
 from data_loader.tasks import CLASS_NAMES, ORDERS, SETTINGS, check_step, get_task
-from tests.helpers import FACTS
 from utils.errors import UserError
 
 ORDERS_SHA256 = "27949090e290c16a0ba14584de73f91a0683b93b0ca3f7960a3c6892d01b2f25"
@@ -50,16 +49,6 @@ def test_class_orders_are_the_published_ones():
     assert all(sorted(order) == list(range(1, 21)) for order in orders.values())
     digest = hashlib.sha256(json.dumps(orders, sort_keys=True).encode()).hexdigest()
     assert digest == ORDERS_SHA256
-
-
-def test_class_orders_equal_the_facts():
-    path = FACTS / "voc_class_orders.json"
-    if not path.is_file():
-        pytest.skip("the facts are not here")
-    facts = json.loads(path.read_text())
-    assert class_orders() == {name: fact["order"] for name, fact in facts.items()}
-    for name, fact in facts.items():
-        assert len(get_task(name, "overlap").steps[0]) == fact["base"]
 
 
 @pytest.mark.parametrize(("name", "setting", "step"), CASES)

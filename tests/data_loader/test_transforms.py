@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from data_loader.data_loaders import StepData, TrainBatches, make_loader
-from data_loader.dataset import EvalDataset, TrainDataset, normalize
+from data_loader.dataset import LabelledImages, TrainDataset, normalize
 from data_loader.transforms import EvalTransform, TrainTransform, whole
 from tests.helpers import small_config
 
@@ -179,5 +179,5 @@ class TestSamples:
             assert values == {16, *(raw & {255}), *({0} if raw - {17, 255} else ())}
 
 
-def dataset_values(training: EvalDataset, i: int) -> list[int]:
+def dataset_values(training: LabelledImages, i: int) -> list[int]:
     return training.load(i)[1].unique().tolist()

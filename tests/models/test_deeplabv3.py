@@ -10,7 +10,6 @@ from torchvision.models import resnet50
 
 from models import DeepLabV3, deeplabv3
 from models.deeplabv3 import freeze_bn, imagenet_weights, predict
-from tests.helpers import FACTS
 from utils.checkpoint import load_weights
 from utils.errors import UserError
 
@@ -20,10 +19,6 @@ KEYS_SHA256 = "7a20d9bb0a1b1cdf202bcff93a9ae2e533fa8bc447b21d8c422c5759078f5e74"
 def on_meta(classes, backbone):
     with torch.device("meta"):
         return DeepLabV3(classes, backbone)
-
-
-def listing(state) -> list[str]:
-    return [f"{key} {'x'.join(map(str, value.shape)) or 'scalar'}" for key, value in state.items()]
 
 
 @pytest.fixture
@@ -37,13 +32,6 @@ class TestKeys:
         state = on_meta([5, 3], "resnet101").state_dict()
         rows = sorted(f"{key} {tuple(value.shape)}" for key, value in state.items())
         assert hashlib.sha256("\n".join(rows).encode()).hexdigest() == KEYS_SHA256
-
-    def test_keys_and_shapes_equal_the_facts(self):
-        path = FACTS / "state_dict_keys.txt"
-        if not path.is_file():
-            pytest.skip("the facts are not here")
-        facts = [r for r in path.read_text().splitlines() if r.strip() and not r.startswith("#")]
-        assert listing(on_meta([5, 3], "resnet101").state_dict()) == [fact.strip() for fact in facts]
 
     def test_a_state_dict_with_those_keys_loads_strictly(self):
         model = on_meta([5, 3], "resnet101")
@@ -193,7 +181,7 @@ class TestImagenetWeights:
         with pytest.raises(UserError, match="no backbone weights at"):
             imagenet_weights("resnet50", tmp_path / "nowhere.pth")
         (tmp_path / "torn.pth").write_bytes(file.read_bytes()[:1000])
-        with pytest.raises(UserError, match="torn"):
+        with pytest.raises(UserError, match="is damaged"):
             imagenet_weights("resnet50", tmp_path / "torn.pth")
 
     @pytest.mark.parametrize("error", [URLError("no route to host"), RuntimeError("invalid hash")])

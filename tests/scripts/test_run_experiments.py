@@ -263,7 +263,7 @@ class TestKilled:
         runner.terminate()
         out, err = runner.communicate(timeout=60)
         assert runner.returncode == 2 and ended(out) == []
-        assert err == "error: interrupted: the same command goes on\n"
+        assert err == "error: interrupted: run the same command to resume\n"
         assert place.is_free()
         assert 1 <= read_checkpoint(place.step("EIR") / "last.pth")["epoch"] < 10
         assert not (place.step("EIR") / "metrics.json").exists()

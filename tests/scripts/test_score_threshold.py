@@ -8,6 +8,7 @@ from scripts.score_threshold import mean_iou
 from tests.helpers import small_config
 from trainer.run import train
 from utils.arguments import Run
+from utils.checkpoint import write_json
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -27,4 +28,8 @@ def test_one_half_is_what_the_evaluation_asks_for(voc_root, tmp_path):
 
 def test_a_folder_without_a_model(voc_root, tmp_path):
     with pytest.raises(UserError, match="cannot read the configuration"):
+        mean_iou(tmp_path)
+    config = small_config(voc_root, tmp_path)
+    write_json(tmp_path / "config.json", config.to_dict())
+    with pytest.raises(UserError, match="no model in"):
         mean_iou(tmp_path)

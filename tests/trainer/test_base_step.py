@@ -9,7 +9,7 @@ import torch
 from data_loader.data_loaders import StepData
 from models.deeplabv3 import DeepLabV3
 from tests.helpers import small_config, snapshot
-from trainer import base_step
+from trainer import base, base_step
 from trainer.base_step import BaseStep
 from trainer.health import Health
 from trainer.monitor import check_monitor
@@ -285,7 +285,7 @@ class TestCheckpoints:
         self, voc_root, tmp_path, monkeypatch
     ):
         values = iter([10.0, 30.0, 20.0, 20.0, 99.0])
-        real = base_step.Trainer.train_epoch.__globals__["evaluate"]
+        real = base.evaluate
 
         def scripted(model, data, split, device):
             metrics = real(model, data, split, device)
@@ -293,7 +293,7 @@ class TestCheckpoints:
                 metrics["Mean_Intersection_over_Union"]["new"] = next(values)
             return metrics
 
-        monkeypatch.setitem(base_step.Trainer.train_epoch.__globals__, "evaluate", scripted)
+        monkeypatch.setattr(base, "evaluate", scripted)
         config = small_config(
             voc_root,
             tmp_path,

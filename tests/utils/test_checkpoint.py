@@ -76,7 +76,7 @@ def test_the_content_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
 def test_nothing_in_a_pickle_is_executed(tmp_path, protocol):
     path, trap = tmp_path / "c.pth", tmp_path / "trap"
     path.write_bytes(pickle.dumps({"state_dict": {}, "x": Opens(trap)}, protocol=protocol))
-    with pytest.raises(UserError, match="torn or is no checkpoint that can be read safely"):
+    with pytest.raises(UserError, match="damaged, or no checkpoint that can be read safely"):
         read_checkpoint(path)
     assert not trap.exists()
     pickle.loads(path.read_bytes())["x"].close()
@@ -104,7 +104,7 @@ def test_torn_files_are_refused(tmp_path, keep):
     path = tmp_path / "c.pth"
     save_checkpoint(path, {"state_dict": {"a": torch.randn(1000)}})
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="torn"):
+    with pytest.raises(UserError, match="is damaged"):
         read_checkpoint(path)
 
 

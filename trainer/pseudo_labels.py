@@ -1,0 +1,38 @@
+"""What the teacher believes the background of new images to be (METHOD 5, 1)."""
+
+import torch
+
+from data_loader.tasks import VOID
+from models.deeplabv3 import upsample_logits
+
+
+def pseudo_labels(labels: torch.Tensor, teacher: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Labels uint8 [N, H, W] in which background takes the teacher's confident classes.
+
+    teacher: logits [N, S, h, w] at stride 16. A background pixel takes the arg max channel of the
+    sigmoid scores if that is foreground and its score reaches the threshold (METHOD 5, 1).
+    Goes image by image, so that full-size logits of the batch never exist together.
+    """
+    filled = torch.empty_like(labels)
+    for i, label in enumerate(labels):
+        best, channel = upsample_logits(teacher[i : i + 1].float(), label.shape)[0].max(dim=0)
+        confident = (label == 0) & (channel > 0) & (best.sigmoid() >= threshold)
+        filled[i] = torch.where(confident, channel.to(labels.dtype), label)
+    return filled
+
+
+def ignore_doubtful(
+    labels: torch.Tensor, teacher: torch.Tensor, threshold: float, weights: torch.Tensor
+) -> torch.Tensor:
+    """Labels uint8 [N, H, W] in which background that may be an old class is void.
+
+    Background without a pseudo label, whose best foreground score reaches the threshold and where no
+    instance was pasted (weights float [N, K, H, W]), is void. teacher as in pseudo_labels.
+    """
+    kept = torch.empty_like(labels)
+    for i, label in enumerate(labels):
+        logits = upsample_logits(teacher[i : i + 1].float(), label.shape)[0]
+        score = logits[1:].amax(dim=0).sigmoid()
+        free = (label == 0) & (weights[i].sum(dim=0) == 0)
+        kept[i] = torch.where(free & (score >= threshold), VOID, label)
+    return kept
