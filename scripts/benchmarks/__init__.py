@@ -1,0 +1,1 @@
+"""What scripts/benchmark.py measures: how, on which data, and part by part."""
