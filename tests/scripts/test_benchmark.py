@@ -5,6 +5,7 @@ import json
 import pytest
 
 from scripts.benchmark import PARTS, main
+from scripts.benchmarks import figure, scaling
 
 SIZES = {
     "warmup": 0,
@@ -30,3 +31,18 @@ def test_a_part_reports_medians_between_least_and_most(part, tmp_path, capsys):
     table = capsys.readouterr().out
     assert rows and all(row["part"] == part and row["name"] in table for row in rows)
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
+
+
+def test_the_figure_shows_each_measurement_against_its_size(tmp_path, monkeypatch):
+    def draw(curves, *rest):
+        drawn.update(curves)
+        figure.draw_scaling(curves, *rest)
+
+    drawn, path = {}, tmp_path / "scaling.png"
+    values = {"batch": [2, 3], "crop": [64], "task": ["15-1"], "mem_size": [5]}
+    monkeypatch.setattr(scaling, "AXES", values)
+    monkeypatch.setattr(scaling, "draw_scaling", draw)
+    assert main(["scaling", *FLAGS, "--batch=2", "--crop=48", "--figure", str(path)]) == 0
+    sizes = {axis: [size for size, _ in points] for axis, points in drawn.items()}
+    assert sizes == {"batch": [2, 3], "crop": [64 * 64], "task": [17], "mem_size": [5]}
+    assert path.read_bytes().startswith(b"\x89PNG")
