@@ -65,8 +65,8 @@ def _iteration_rows(args, trainer, raw, images, batches):
     rates = (n / seconds for seconds in (rows[1].median, rows[1].high, rows[1].low))
     rows.append(Row("step", f"{kind}: images per second", "/s", *rates, args.repeats))
     if trainer.data.step:
-        slow = measure("step", f"{kind}: image by image", _plain_iteration(trainer, raw), args)
-        rows += [slow, ratio("step", f"{kind}: image by image / iteration", slow, rows[1])]
+        slow = measure("step", f"{kind}: plain", _plain_iteration(trainer, raw), args)
+        rows += [slow, ratio("step", f"{kind}: plain / iteration", slow, rows[1])]
     return rows
 
 
@@ -126,7 +126,7 @@ def _incremental_pieces(trainer, batch, fixed):
 
 
 def _plain_iteration(trainer, raw):
-    """An iteration that reads and pastes each instance image by image, with one-hot targets."""
+    """An iteration that reads each instance anew to paste it, with one-hot targets."""
     settings = trainer.config.hyperparameter.paste
     channels = 1 + sum(trainer.teacher.classes)
     total = 1 + sum(trainer.model.classes)

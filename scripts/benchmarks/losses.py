@@ -12,7 +12,7 @@ from utils.distributed import device
 
 
 def loss(args: argparse.Namespace) -> list[Row]:
-    """Both losses with their gradient, beside the plain one-hot formulas."""
+    """Both losses with their gradient: on sparse labels, and by the plain one-hot formulas."""
     where, size, n = device(), (args.crop, args.crop), args.batch
     generator = torch.Generator().manual_seed(0)
 
@@ -28,7 +28,7 @@ def loss(args: argparse.Namespace) -> list[Row]:
     weights = random(n, k, *size) * (random(n, k, *size) < 0.25) / k
     scale = (1 / (base != 255).sum().float()).expand(2)
 
-    def fast():
+    def sparse():
         def parts_of(i, z):
             known = upsample_logits(teacher[i : i + 1], size)[0]
             covered = weights[i].sum(dim=0) > 0
@@ -37,7 +37,7 @@ def loss(args: argparse.Namespace) -> list[Row]:
 
         sum_over_images(logits, size, parts_of, scale)[0].backward()
 
-    def plain():
+    def one_hot():
         full, known = upsample_logits(logits, size), upsample_logits(teacher, size)
         soft = reference.soft_labels(base, classes, weights, channels)
         kd = reference.distillation(full, known, base, weights.sum(dim=1) > 0, "rskd")
@@ -45,7 +45,7 @@ def loss(args: argparse.Namespace) -> list[Row]:
 
     title = f"batch {n}, crop {args.crop}, {channels} channels"
     rows = [
-        measure("loss", f"image by image, {title}", fast, args),
-        measure("loss", f"plain one-hot, {title}", plain, args),
+        measure("loss", f"sparse labels, {title}", sparse, args),
+        measure("loss", f"plain one-hot, {title}", one_hot, args),
     ]
-    return [*rows, ratio("loss", "image by image / plain", *rows)]
+    return [*rows, ratio("loss", "sparse labels / plain one-hot", *rows)]

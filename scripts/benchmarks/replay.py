@@ -34,7 +34,7 @@ def memory(args: argparse.Namespace) -> list[Row]:
 
 
 def paste(args: argparse.Namespace) -> list[Row]:
-    """Pasting into a batch, beside the plain way: read each instance anew, image by image."""
+    """Pasting into a batch, beside the plain way, which reads each instance anew."""
     with prepared_step(args) as (trainer, raw):
         (batch,) = trainer.to_device(raw)
         settings, crop = trainer.config.hyperparameter.paste, batch.images.shape[-1]
@@ -63,5 +63,5 @@ def paste(args: argparse.Namespace) -> list[Row]:
         rows = [
             measure("paste", f"{name}, {title}", work, args, "ms", n) for name, work in works.items()
         ]
-        slow = measure("paste", f"plain, image by image, {title}", plain, args, "ms", n)
+        slow = measure("paste", f"plain, {title}", plain, args, "ms", n)
         return [*rows, slow, ratio("paste", "plain / paste", slow, rows[1])]
