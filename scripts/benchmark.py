@@ -34,7 +34,7 @@ PARTS = {
 }
 FLAGS = {
     "--index_images": (12000, "label maps"),
-    "--index_size": (80, "longer side of a label map, up to 1.25 times this, pixels"),
+    "--index_size": (80, "longer side of a label map, up to 1.25 times this, pixels, at least 32"),
     "--loader_images": (24, "images"),
     "--loader_crop": (512, "crop, pixels"),
     "--eval_images": (96, "images"),
@@ -74,6 +74,8 @@ def main(argv: list[str] | None = None) -> int:
     for flag, (default, text) in FLAGS.items():
         parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
     args = parser.parse_args(argv)
+    if args.index_size < 32:
+        parser.error("--index_size is at least 32")
     log.setLevel(logging.ERROR)
     about = environment()
     print("\n".join(f"{key:<12} {value}" for key, value in about.items()) + "\n")

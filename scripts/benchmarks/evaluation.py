@@ -1,9 +1,7 @@
 """The evaluation loop."""
 
 import argparse
-from itertools import islice
 
-import numpy as np
 import torch
 
 from data_loader.data_loaders import EvalBatches, StepData, make_loader
@@ -51,6 +49,6 @@ def _evaluation_data(args, root):
     config.task.name = "joint"
     settings.args.transform_args.crop_size, settings.batch_size = args.eval_crop, args.eval_batch
     data = StepData(config)
-    chosen = data.images
-    data.images = lambda *a: np.array(list(islice(chosen(*a), args.eval_images)))
+    select = data.select
+    data.select = lambda *which: select(*which)[: args.eval_images]
     return data

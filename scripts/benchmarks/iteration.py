@@ -6,14 +6,14 @@ import torch
 
 from data_loader.data_loaders import make_loader
 from data_loader.memory import Memory
-from data_loader.paste import pseudo_labels
 from models.deeplabv3 import freeze_bn, upsample_logits
-from models.losses import bce_sum, distillation_sum, sum_over_images
+from models.losses import bce_sum, sum_over_images
 from scripts.benchmarks.prepared import prepared_step
 from scripts.benchmarks.timing import Row, compare, measure, ratio
 from tests.data_loader.paste_reference import plain_paste
 from tests.models import reference
 from trainer.health import Health
+from trainer.pseudo_labels import pseudo_labels
 
 
 def step(args: argparse.Namespace) -> list[Row]:
@@ -101,21 +101,12 @@ def _base_pieces(trainer, batch, fixed):
 
 def _incremental_pieces(trainer, batch, fixed):
     """What else a step t >= 1 does, its losses from the student's logits."""
-    size = batch.images.shape[-2:]
     logits = trainer.teach(batch.images)
     labels = pseudo_labels(batch.labels, logits, 0.7)
     composite = trainer.compose(batch, labels)
 
     def losses():
-        def parts_of(i, z):
-            known = upsample_logits(logits[i : i + 1].to(z.dtype), size)[0]
-            weights = composite.weights[i]
-            bce = bce_sum(z, labels[i], composite.classes[i], weights)
-            covered = weights.sum(dim=0) > 0
-            return torch.stack([bce, distillation_sum(z, known, batch.labels[i], covered)])
-
-        scale = trainer.normalizer(batch).expand(2)
-        sum_over_images(fixed, size, parts_of, scale)[0].backward()
+        trainer.losses(fixed, logits, batch, labels, composite)[0].backward()
 
     return {
         "  teacher, one of two forwards": lambda: trainer.teach(batch.images),

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from data_loader.data_loaders import cores
-from data_loader.dataset import EvalDataset, TrainDataset
+from data_loader.dataset import LabelledImages, TrainDataset
 from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
 from data_loader.voc import VOC2012, read_image, read_label
@@ -43,7 +43,7 @@ def loader(args: argparse.Namespace) -> list[Row]:
         table = get_task("joint", "overlap").label_table(0, "train")
         transform = TrainTransform(args.loader_crop)
         n = min(args.loader_images, len(files.ids))
-        images = EvalDataset(files.ids, files.images, files.labels, table, transform)
+        images = LabelledImages(files.ids, files.images, files.labels, table, transform)
         samples = TrainDataset(images, None, seed=1)
         decoded = [images.load(i) for i in range(n)]
         epochs = iter(range(10**9))
