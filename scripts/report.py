@@ -155,23 +155,21 @@ def _markdown(rows):
 
 
 def report_experiments(folder: Path) -> None:
-    """Tables on standard output and in report.md, which shows the figures as well."""
-    text = INTRODUCTION
+    """Tables in report.md, which shows the figures as well, and on standard output."""
+    text, shown = INTRODUCTION, ""
     comparisons = read_comparisons(folder / "results.csv")
     from scripts.figures import draw_comparison
 
     for comparison in comparisons:
-        table = comparison_table(comparison)
-        print(f"\n{table}", end="")
-        text += f"\n{table}"
+        tables = f"\n{comparison_table(comparison)}"
+        figures = {}
         if comparison.incremental:
-            over_steps = steps_table(comparison)
-            print(f"\n{over_steps}", end="")
-            text += f"\n{over_steps}"
-            for title, path in draw_comparison(comparison, folder).items():
-                text += f"\n![{title}]({path.name})\n"
+            tables += f"\n{steps_table(comparison)}"
+            figures = draw_comparison(comparison, folder)
+        shown += tables
+        text += tables + "".join(f"\n![{title}]({path.name})\n" for title, path in figures.items())
     (folder / "report.md").write_text(text, encoding="utf-8")
-    print(f"\nreport      {folder / 'report.md'}")
+    print(f"{shown}\nreport      {folder / 'report.md'}")
 
 
 def main(argv: list[str] | None = None) -> int:
