@@ -11,6 +11,7 @@ from utils.config import Config
 from utils.distributed import _join, free_port
 from utils.errors import UserError
 
+ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}  # a group of one process
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port")
 
 
@@ -61,8 +62,7 @@ assert not any("gloo" in name for name in names()), names()
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_thread_of_the_group_is_left_for_the_interpreter_to_trip_over(tmp_path):
-    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    result = run_script("-c", WRAPPED, **group, MASTER_PORT=str(free_port()))
+    result = run_script("-c", WRAPPED, **ALONE, MASTER_PORT=str(free_port()))
     assert result.returncode == 0, result.stderr
 
 
@@ -86,8 +86,7 @@ launch(work, Config())
     [("UserError", 2, "error: broken"), ("ValueError", 1, "ValueError: broken")],
 )
 def test_an_error_does_not_wait_for_processes_in_an_nccl_collective(kind, code, line):
-    group = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    result = run_script("-c", FAILING, kind, **group, MASTER_PORT=str(free_port()))
+    result = run_script("-c", FAILING, kind, **ALONE, MASTER_PORT=str(free_port()))
     assert result.returncode == code
     assert line in result.stderr.splitlines()
     assert result.stdout == ""
