@@ -10,8 +10,7 @@ from models.deeplabv3 import freeze_bn, upsample_logits
 from models.losses import bce_sum, sum_over_images
 from scripts.benchmarks.prepared import prepared_step
 from scripts.benchmarks.timing import Row, compare, measure, ratio
-from tests.data_loader.paste_reference import plain_paste
-from tests.models import reference
+from scripts.plain import plain_bce, plain_distillation, plain_paste
 from trainer.health import Health
 from trainer.pseudo_labels import pseudo_labels
 
@@ -141,8 +140,8 @@ def _plain_iteration(trainer, raw):
         with trainer.autocast():
             logits = trainer.net(images, upsample=False)
         full = upsample_logits(logits.float(), size)
-        kd = reference.distillation(full, known, batch.labels, covered, "rskd")
-        bce = reference.bce(full, soft, batch.labels)
+        kd = plain_distillation(full, known, batch.labels, covered, "rskd")
+        bce = plain_bce(full, soft, batch.labels)
         ((bce + 5 * kd).sum() / batch.valid).backward()
         trainer.optimizer.step()
         trainer.optimizer.zero_grad(set_to_none=True)

@@ -7,7 +7,7 @@ import torch
 from models.deeplabv3 import upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
 from scripts.benchmarks.timing import Row, measure, ratio
-from tests.models import reference
+from scripts.plain import plain_bce, plain_distillation, plain_soft_labels
 from utils.distributed import device
 
 
@@ -39,9 +39,9 @@ def loss(args: argparse.Namespace) -> list[Row]:
 
     def one_hot():
         full, known = upsample_logits(logits, size), upsample_logits(teacher, size)
-        soft = reference.soft_labels(base, classes, weights, channels)
-        kd = reference.distillation(full, known, base, weights.sum(dim=1) > 0, "rskd")
-        ((reference.bce(full, soft, base) + kd).sum() * scale[0]).backward()
+        soft = plain_soft_labels(base, classes, weights, channels)
+        kd = plain_distillation(full, known, base, weights.sum(dim=1) > 0, "rskd")
+        ((plain_bce(full, soft, base) + kd).sum() * scale[0]).backward()
 
     title = f"batch {n}, crop {args.crop}, {channels} channels"
     rows = [

@@ -7,7 +7,7 @@ from data_loader.memory import Memory
 from data_loader.paste import Bank
 from scripts.benchmarks.prepared import prepared_step
 from scripts.benchmarks.timing import Row, measure, ratio
-from tests.data_loader.paste_reference import plain_paste
+from scripts.plain import plain_paste
 from trainer.pseudo_labels import pseudo_labels
 from utils.distributed import device
 

@@ -19,12 +19,8 @@ from data_loader.paste import (
 )
 from data_loader.voc import read_label
 from models.losses import auxiliary_sum, bce_sum, distillation_sum, sum_over_images
-from tests.data_loader.paste_reference import (
-    Stored,
-    Waits,
-    no_waiting,
-    plain_paste,
-)
+from scripts.plain import Stored, plain_paste
+from tests.no_waiting import Waits, no_waiting
 from trainer.pseudo_labels import ignore_doubtful, pseudo_labels
 from utils.config import PasteArgs
 

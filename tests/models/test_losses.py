@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models.deeplabv3 import upsample_logits
 from models.losses import auxiliary_sum, bce_sum, distillation_sum, sum_over_images
-from tests.models import reference
+from scripts.plain import plain_auxiliary, plain_bce, plain_distillation, plain_soft_labels
 
 VOID = 255
 MODES = [("plain", "all"), ("unbiased", "all"), ("rskd", "all"), ("rskd", "new")]
@@ -43,7 +44,7 @@ def fast(case, logits, factors, parts):
             return bce_sum(z, case.labels[i], case.classes[i], case.weights[i].to(z.dtype), 2.0)
         if name == "ac":
             return auxiliary_sum(z, case.labels[i])
-        teacher = reference.upsampled(case.teacher[i : i + 1].to(z.dtype), case.size)[0]
+        teacher = upsample_logits(case.teacher[i : i + 1].to(z.dtype), case.size)[0]
         return distillation_sum(z, teacher, case.given[i], case.covered[i], *name)
 
     return sum_over_images(
@@ -53,18 +54,18 @@ def fast(case, logits, factors, parts):
 
 def plain(case, logits, parts):
     """Each part, per image [P, N], by the formulas."""
-    z = reference.upsampled(logits, case.size)
+    z = upsample_logits(logits, case.size)
     rows = []
     for name in parts:
         if name == "bce":
             weights = case.weights.to(z.dtype)
-            soft = reference.soft_labels(case.labels, case.classes, weights, case.channels)
-            rows.append(reference.bce(z, soft, case.labels, 2.0))
+            soft = plain_soft_labels(case.labels, case.classes, weights, case.channels)
+            rows.append(plain_bce(z, soft, case.labels, 2.0))
         elif name == "ac":
-            rows.append(reference.auxiliary(z, case.labels))
+            rows.append(plain_auxiliary(z, case.labels))
         else:
-            teacher = reference.upsampled(case.teacher.to(z.dtype), case.size)
-            rows.append(reference.distillation(z, teacher, case.given, case.covered, *name))
+            teacher = upsample_logits(case.teacher.to(z.dtype), case.size)
+            rows.append(plain_distillation(z, teacher, case.given, case.covered, *name))
     return torch.stack(rows)
 
 

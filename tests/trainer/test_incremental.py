@@ -14,14 +14,16 @@ from data_loader.data_loaders import StepData
 from data_loader.memory import read_manifest
 from data_loader.tasks import CLASS_NAMES, get_task
 from models.deeplabv3 import DeepLabV3, predict
-from tests.data_loader.paste_reference import (
-    no_waiting,
+from scripts.plain import (
+    plain_bce,
+    plain_distillation,
     plain_ignore_doubtful,
     plain_paste,
     plain_pseudo_labels,
+    plain_soft_labels,
 )
 from tests.helpers import error_line, small_config, snapshot, train_flags
-from tests.models import reference
+from tests.no_waiting import no_waiting
 from trainer import incremental
 from trainer.base_step import BaseStep
 from trainer.health import Health
@@ -517,7 +519,7 @@ def plain_loss(trainer, batch):
         assert (labels != batch.labels).any()
     images, classes = batch.images, torch.zeros(len(labels), 0, dtype=torch.int64)
     weights = torch.zeros(len(labels), 0, *size)
-    soft = reference.soft_labels(labels, classes, weights, 17)
+    soft = plain_soft_labels(labels, classes, weights, 17)
     if trainer.paste:
         composite = trainer.paste(images, batch.labels, labels, batch.numbers, batch.replayed)
         pasted = plain_paste(
@@ -534,7 +536,7 @@ def plain_loss(trainer, batch):
         )
         assert any(p.pastes for p in pasted)
         weights = composite.weights
-        soft = reference.soft_labels(labels, composite.classes, weights, 17)
+        soft = plain_soft_labels(labels, composite.classes, weights, 17)
         for n, p in enumerate(pasted):
             assert (composite.images[n] - p.image).abs().max() < 1e-4
             assert ((soft[n] - p.soft) * (labels[n] != 255)).abs().max() < 1e-6
@@ -547,13 +549,13 @@ def plain_loss(trainer, batch):
     logits = trainer.model(images)
     valid = (batch.labels != 255).sum()
     assert 0 < valid < batch.labels.numel()
-    bce = reference.bce(logits, soft, labels, hyper.pos_weight).sum() / valid
+    bce = plain_bce(logits, soft, labels, hyper.pos_weight).sum() / valid
     if hyper.kd_mode == "none":
         return hyper.mbce * bce, torch.zeros(())
     covered = weights.sum(dim=1) > 0
     teacher = trainer.teacher(images).detach()
     arguments = logits, teacher, batch.labels, covered, hyper.kd_mode, hyper.rskd_region
-    return hyper.mbce * bce, hyper.kd * reference.distillation(*arguments).sum() / valid
+    return hyper.mbce * bce, hyper.kd * plain_distillation(*arguments).sum() / valid
 
 
 CHOICES = [

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.data_loader.paste_reference import plain_ignore_doubtful, plain_pseudo_labels
+from scripts.plain import plain_ignore_doubtful, plain_pseudo_labels
 from trainer.pseudo_labels import ignore_doubtful, pseudo_labels
 
 VOID = 255

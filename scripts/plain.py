@@ -1,19 +1,65 @@
-"""The paste of METHOD 5, 1-5, one image and one instance at a time; and a guard against waiting."""
+"""The method once more, by its formulas: an image, an instance, a pixel at a time, one-hot targets.
 
-import pathlib
-from contextlib import contextmanager
+Slow, and easy to check against METHOD.md. The tests compare the fast code with it, the benchmark
+measures beside it.
+"""
+
 from dataclasses import dataclass
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
 
 VOID = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 MEAN_COLOUR = (124, 116, 104)
+
+
+def plain_soft_labels(base, classes, weights, channels):
+    """Dense soft labels [N, C, H, W] of base labels [N, H, W], pasted classes and their weights."""
+    planes = [(base == c).to(weights.dtype) for c in range(channels)]
+    soft = torch.stack(planes, dim=1) * (1 - weights.sum(dim=1, keepdim=True))
+    for n in range(len(base)):
+        for k, c in enumerate(classes[n].tolist()):
+            soft[n, c] = soft[n, c] + weights[n, k]
+    return soft
+
+
+def plain_bce(logits, soft, base, pos_weight=1.0):
+    """L_bce per image [N], summed over channels and non-void pixels; all [N, C, H, W] at full size."""
+    factor = torch.full((logits.shape[1], 1, 1), pos_weight, dtype=logits.dtype)
+    factor[0] = 1
+    cost = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=factor)
+    return (cost.sum(dim=1) * (base != VOID)).sum(dim=(1, 2))
+
+
+def plain_auxiliary(logits, base):
+    """L_ac per image [N]: binary cross entropy of channel 0 with zeros over non-void pixels."""
+    zeros = torch.zeros_like(logits[:, 0])
+    cost = F.binary_cross_entropy_with_logits(logits[:, 0], zeros, reduction="none")
+    return (cost * (base != VOID)).sum(dim=(1, 2))
+
+
+def plain_distillation(logits, teacher, base, covered, mode, region="all"):
+    """Distillation per image [N], by probabilities; logits [N, C, H, W], teacher [N, S, H, W]."""
+    old = teacher.shape[1]
+    p_student, p_teacher = logits.softmax(dim=1), teacher.softmax(dim=1)
+    background = p_student[:, 0]
+    new = p_student[:, old:].sum(dim=1)
+    shows_new = torch.zeros_like(base, dtype=torch.bool)
+    for c in range(old, logits.shape[1]):
+        shows_new |= base == c
+    new_region, both_true = shows_new & ~covered, shows_new & covered
+    if mode == "unbiased":
+        background = background + new
+    elif mode == "rskd":
+        elsewhere = background * (~shows_new)
+        background = elsewhere + new * new_region + (background + new) * both_true
+    q = torch.cat([background[:, None], p_student[:, 1:old]], dim=1)
+    cost = -(p_teacher * q.log()).sum(dim=1) / old
+    counted = new_region if region == "new" else base != VOID
+    return torch.where(counted, cost, 0).sum(dim=(1, 2))
 
 
 @dataclass
@@ -192,46 +238,3 @@ def resampled(colour, mask, height, width, mirrored):
         colour, mask = colour.flip(2), mask.flip(1)
     mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in (IMAGENET_MEAN, IMAGENET_STD))
     return (colour - mean) / std, mask
-
-
-class Waits(Exception):
-    """An operation that would wait for the device."""
-
-
-class NoWaiting(TorchDispatchMode):
-    """Refuses operations that wait for the device, or whose result's size depends on data."""
-
-    READS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero")
-    SIZES = ("unique", "unique_dim", "unique_consecutive", "_unique", "_unique2", "bincount")
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        name = function.overloadpacket.__name__
-        if name.startswith("nonzero") or name in self.READS + self.SIZES:
-            raise Waits(name)
-        indices = args[1] if name in ("index", "index_put", "index_put_", "_unsafe_index") else ()
-        if any(i is not None and i.dtype in (torch.bool, torch.uint8) for i in indices):
-            raise Waits(f"{name} with a mask")
-        source = next((a for a in args if isinstance(a, torch.Tensor)), None)
-        device = kwargs.get("device")
-        if name == "_to_copy" and device is not None and torch.device(device) != source.device:
-            raise Waits(f"copy to {device}")
-        if name == "copy_" and args[0].device != args[1].device:
-            raise Waits("copy_ between devices")
-        return function(*args, **kwargs)
-
-
-@contextmanager
-def no_waiting():
-    """No operation that waits for a device, and no file, is used inside."""
-
-    def refuse(*args, **kwargs):
-        raise Waits(f"file access: {args}")
-
-    with (
-        NoWaiting(),
-        mock.patch("builtins.open", refuse),
-        mock.patch("io.open", refuse),
-        mock.patch.object(pathlib.Path, "open", refuse),
-    ):
-        yield
