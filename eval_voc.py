@@ -1,7 +1,7 @@
 """Evaluate a checkpoint on the test images of its step."""
 
+from configs.options import parse_eval
 from trainer.run import evaluate_checkpoint
-from utils.arguments import parse_eval
 from utils.distributed import launch
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Train one step of a continual segmentation task on VOC 2012, and evaluate it."""
 
+from configs.options import parse_train
 from trainer.run import train
-from utils.arguments import parse_train
 from utils.distributed import launch
 
 if __name__ == "__main__":

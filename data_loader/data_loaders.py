@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from configs.options import Config
 from data_loader.dataset import LabelledImages
 from data_loader.memory import Memory, Source, build_memory
 from data_loader.tasks import CLASS_NAMES, check_step, get_task
 from data_loader.transforms import EvalTransform, TrainTransform, whole
 from data_loader.voc import VOC2012, LabelIndex
-from utils.config import Config
 from utils.distributed import barrier, first_process_first, rank
 from utils.errors import UserError
 from utils.logging import log
@@ -148,11 +148,10 @@ class StepData:
             return self._dataset(split, whole), 1
         return self._dataset(split, EvalTransform(_crop(settings))), settings.batch_size
 
-    def memory(self, folder: Path, previous: Path | None, redraw: bool = False) -> Memory | None:
+    def memory(self, folder: Path, previous: Path | None) -> Memory | None:
         """The memory of this step, drawn into `folder` unless it is there; None without replay.
 
-        previous: folder of the memory of step t-1. redraw: replace a memory that is there. The first
-        process draws, the others read.
+        previous: folder of the memory of step t-1. The first process draws, the others read.
         """
         settings = self.config.memory
         if settings.replay == "none" or settings.mem_size == 0:
@@ -168,9 +167,9 @@ class StepData:
         source = Source(self.lists["train"], self._index("train"), chosen, visible, previous)
         kind = "image" if settings.replay == "image" else "instance"
         if rank() == 0:
-            build_memory(folder, source, old, kind, settings.mem_size, self.seed, redraw)
+            build_memory(folder, source, old, kind, settings.mem_size, self.seed)
         barrier()
-        memory = Memory(folder, self.task.label_table(before, "test"))
+        memory = Memory(folder, self.task.label_table(old))
         if not len(memory):
             log.warning("the memory is empty: this step trains without replay")
         return memory if len(memory) else None
@@ -181,7 +180,7 @@ class StepData:
     def _dataset(self, split, transform):
         files = self.lists["train" if split == "train" else "val"]
         hidden = getattr(self.config, split).args.masking_value
-        table = self.task.label_table(self.step, split, hidden)
+        table = self.task.label_table(self.task.visible(self.step, split), hidden)
         chosen = self.select(split)
         ids, images, labels = (
             [column[i] for i in chosen] for column in (files.ids, files.images, files.labels)

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from data_loader.memory import Memory
 from data_loader.voc import read_image, read_label
+from utils.visualize import VOID
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]
 STD = (0.229, 0.224, 0.225)
@@ -96,6 +97,6 @@ def normalize(
     for channel, (mean, std) in enumerate(zip(MEAN, STD, strict=True)):
         pixels[:, channel].sub_(255 * mean).div_(255 * std)
     if alone is not None:
-        empty = alone[:, None, None] & ((label == 0) | (label == 255))
+        empty = alone[:, None, None] & ((label == 0) | (label == VOID))
         pixels.masked_fill_(empty[:, None], 0.0)
     return pixels

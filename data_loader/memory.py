@@ -22,7 +22,7 @@ from data_loader.tasks import CLASS_NAMES
 from data_loader.voc import ImageList, LabelIndex, read_image, read_label
 from utils.errors import UserError
 from utils.logging import log
-from utils.visualize import label_image
+from utils.visualize import VOID, label_image
 
 FILL = (124, 116, 104)  # ImageNet's mean colour: zero after normalisation
 MANIFEST = "manifest.json"
@@ -133,16 +133,15 @@ def build_memory(
     kind: str,
     budget: int,
     seed: int,
-    redraw: bool = False,
 ) -> None:
-    """Draw and store a memory in `folder`, unless the same one is there already (or redraw).
+    """Draw and store a memory in `folder`, unless the same one is there already.
 
     kind: "instance" (crops without background) or "image" (whole images). The folder appears whole
     or not at all. Raises UserError where it holds another memory, or the previous memory is of
     another kind or damaged.
     """
     settings = {"kind": kind, "budget": budget, "seed": seed, "classes": list(old_classes)}
-    if (folder / MANIFEST).is_file() and not redraw:
+    if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         changed = [key for key, value in settings.items() if manifest.get(key) != value]
         if not changed:
@@ -245,7 +244,7 @@ def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:
         image = image[box] * keep[..., None]
         top, left = box[0].start, box[1].start
     else:
-        label = np.where(keep | (label == 255), label, 0).astype(np.uint8)
+        label = np.where(keep | (label == VOID), label, 0).astype(np.uint8)
         top, left = 0, 0
     file = f"{name}_{files.ids[i]}"
     Image.fromarray(np.ascontiguousarray(image)).save(folder / f"{file}_image.png")

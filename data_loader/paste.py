@@ -10,10 +10,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from configs.options import PasteArgs
 from data_loader.dataset import normalize
 from data_loader.memory import FILL, Memory, bounding_box
-from data_loader.tasks import NUM_CLASSES, VOID
-from utils.config import PasteArgs
+from data_loader.tasks import NUM_CLASSES
+from utils.visualize import VOID
 
 
 @dataclass

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from utils.errors import UserError
+from utils.visualize import VOID
 
 NUM_CLASSES = 20
-VOID = 255
 CLASS_NAMES = (
     "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
     "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
@@ -80,11 +80,14 @@ class Task:
             return self.seen(step)
         return self.steps[step]
 
-    def label_table(self, step: int, split: str, hidden: int = 0) -> np.ndarray:
-        """Table uint8 [256] from VOC labels to channels; void stays, hidden classes get `hidden`."""
+    def label_table(self, visible: tuple[int, ...], hidden: int = 0) -> np.ndarray:
+        """Table uint8 [256] from VOC labels to channels.
+
+        visible: the classes that get their channel; void stays, all other classes get `hidden`.
+        """
         table = np.full(256, hidden, dtype=np.uint8)
         table[0], table[VOID] = 0, VOID
-        for c in self.visible(step, split):
+        for c in visible:
             table[c] = self.order.index(c) + 1
         return table
 

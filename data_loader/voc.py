@@ -18,9 +18,10 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data_loader.tasks import NUM_CLASSES, VOID
+from data_loader.tasks import NUM_CLASSES
 from utils.errors import UserError
 from utils.logging import log
+from utils.visualize import VOID
 
 LISTS = {"train": "train_aug.txt", "val": "val.txt"}
 

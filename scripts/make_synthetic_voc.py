@@ -21,11 +21,10 @@ from numpy.random import Generator, default_rng
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from utils.visualize import label_image
+from utils.visualize import VOID, label_image
 
 Spot = tuple[float, float]
 CLASSES = 20
-VOID = 255
 TRAIN, VAL = 0, 1
 OBJECT_COUNTS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 4)
 

@@ -18,7 +18,7 @@ from data_loader.dataset import MEAN, STD
 from trainer.incremental import IncrementalStep
 from trainer.pseudo_labels import pseudo_labels
 from trainer.run import previous_checkpoint
-from utils.arguments import parse_train
+from configs.options import parse_train
 from utils.distributed import launch
 from utils.errors import UserError
 from utils.visualize import sheet, voc_palette

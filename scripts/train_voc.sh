@@ -32,7 +32,7 @@ import torch
 
 sys.path.insert(0, ".")
 from data_loader.tasks import get_task
-from utils.arguments import parse_train
+from configs.options import parse_train
 from utils.errors import UserError, exit_with
 
 config, _ = parse_train()

@@ -1,4 +1,4 @@
-"""Steps t >= 1: learn new classes, keep the old (METHOD 5)."""
+"""Steps t >= 1 of EIR: learn new classes, keep the old (METHOD 5)."""
 
 import torch
 
@@ -6,17 +6,16 @@ from data_loader.dataset import TrainDataset
 from data_loader.paste import Bank, Composite, PasteAugmentation
 from models.deeplabv3 import DeepLabV3, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
-from trainer.base import Batch, Trainer, check_order
-from trainer.base_step import trainable
+from trainer.base import Batch, Trainer
+from trainer.output import check_order
 from trainer.pseudo_labels import ignore_doubtful, pseudo_labels
+from trainer.setup import trainable
 from utils.checkpoint import load_weights, read_checkpoint
 from utils.logging import log
 
 
 class IncrementalStep(Trainer):
     """L = mbce * L_bce(soft labels) + kd * L_distillation, on images with pasted instances."""
-
-    loss_parts = ("bce", "kd")
 
     def initialize(self, fresh: bool) -> None:
         """The teacher is the model of step t-1; the student starts from it, with a new classifier."""
@@ -44,9 +43,8 @@ class IncrementalStep(Trainer):
             new.bias.copy_(auxiliary.bias.expand_as(new.bias))
 
     def training_set(self) -> TrainDataset:
-        """Images of this step, then the entries of the memory; sets the paste up."""
-        folders = self.folder / "memory", self.previous.parent / "memory"
-        memory = self.data.memory(*folders, redraw=self.overwrite)
+        """Images of this step, then the entries of the memory, which is drawn if it is not there."""
+        memory = self.data.memory(self.folder / "memory", self.previous.parent / "memory")
         self.paste = None
         if memory and self.config.data.memory.replay == "eir":
             bank = Bank.pack(memory, 1 + sum(self.teacher.classes), self.device)
@@ -65,56 +63,46 @@ class IncrementalStep(Trainer):
             {"params": trainable(model.cls[-1]), "lr": 10 * lr},
         ]
 
-    def training_loss(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         settings = self.config.hyperparameter
-        labels, teacher_logits = batch.labels, None
+        distils = settings.kd_mode != "none" and settings.kd > 0
+        size = batch.labels.shape[-2:]
+
+        # what the teacher sees in the background becomes a label
+        labels, seen = batch.labels, None
         if settings.pseudo_labels:
-            teacher_logits = self.teach(batch.images)
-            labels = pseudo_labels(batch.labels, teacher_logits, settings.pseudo_thresh)
+            seen = self.teach(batch.images)
+            labels = pseudo_labels(batch.labels, seen, settings.pseudo_thresh)
+
+        # stored instances of the old classes go where there is most background
         composite = self.compose(batch, labels)
         if settings.ignore_thresh is not None:
-            weights = composite.weights
-            labels = ignore_doubtful(labels, teacher_logits, settings.ignore_thresh, weights)
-        if self._distils() and (self.paste or teacher_logits is None):
-            teacher_logits = self.teach(composite.images)
+            labels = ignore_doubtful(labels, seen, settings.ignore_thresh, composite.weights)
+
+        # student and teacher look at the composite; without a paste that is what was seen already
         with self.autocast():
             logits = self.net(composite.images, upsample=False)
-        return self.losses(logits, teacher_logits, batch, labels, composite)
+        known = seen
+        if distils and (self.paste or seen is None):
+            known = self.teach(composite.images)
 
-    def _distils(self):
-        return self.config.hyperparameter.kd_mode != "none" and self.config.hyperparameter.kd > 0
-
-    def losses(
-        self,
-        logits: torch.Tensor,
-        teacher_logits: torch.Tensor | None,
-        batch: Batch,
-        labels: torch.Tensor,
-        composite: Composite,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Loss and its parts from the logits of a composite at stride 16.
-
-        logits float [N, C, h, w] of the student; teacher_logits [N, S, h, w], None without
-        distillation; labels uint8 [N, H, W] with pseudo labels.
-        """
-        settings, size = self.config.hyperparameter, labels.shape[-2:]
-
-        def parts_of(i, z):
+        def losses(i, z):
+            """The loss terms of image i from its full-size logits z [C, H, W]."""
             weights = composite.weights[i].to(z.dtype)
             bce = bce_sum(z, labels[i], composite.classes[i], weights, settings.pos_weight)
-            if not self._distils():
-                return torch.stack([settings.mbce * bce, torch.zeros_like(bce)])
+            if not distils:
+                return {"bce": settings.mbce * bce, "kd": torch.zeros_like(bce)}
             kd = distillation_sum(
                 z,
-                upsample_logits(teacher_logits[i : i + 1].to(z.dtype), size)[0],
+                upsample_logits(known[i : i + 1].to(z.dtype), size)[0],
                 batch.labels[i],
                 weights.sum(dim=0) > 0,
                 settings.kd_mode,
                 settings.rskd_region,
             )
-            return torch.stack([settings.mbce * bce, settings.kd * kd])
+            return {"bce": settings.mbce * bce, "kd": settings.kd * kd}
 
-        return sum_over_images(logits, size, parts_of, self.normalizer(batch).expand(2))
+        return sum_over_images(logits, size, losses, self.normalizer(batch))
 
     @torch.no_grad()
     def teach(self, images: torch.Tensor) -> torch.Tensor:

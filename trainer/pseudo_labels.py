@@ -2,8 +2,8 @@
 
 import torch
 
-from data_loader.tasks import VOID
 from models.deeplabv3 import upsample_logits
+from utils.visualize import VOID
 
 
 def pseudo_labels(labels: torch.Tensor, teacher: torch.Tensor, threshold: float) -> torch.Tensor:

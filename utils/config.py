@@ -1,268 +1,257 @@
-"""The configuration: the JSON shape of DKD and EIR as typed dataclasses.
+"""Options as typed dataclasses: read from JSON, set by flags, compared.
 
-Each option is declared once, here: name, type, default, allowed values, help. utils/config_file.py
-reads them from JSON, utils/flags.py from the command line.
+An option is a dataclass field made with `option`; there, once, stand its default, its help, its flag and
+what is allowed. Dataclasses nest as the JSON objects do (`section`), and an option is named by its path,
+such as "trainer.epochs". This module declares no option; configs/options.py declares all of them.
 """
 
+import argparse
 import dataclasses
+import difflib
+import json
+import math
+import types
+import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
+
+from utils.errors import UserError
+
+T = TypeVar("T")
+TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
 
 
-def option(default, help, choices=None, low=None, high=None):
-    """A dataclass field with its help text and the values that are allowed."""
-    metadata = {"help": help, "choices": choices, "low": low, "high": high}
+def option(
+    default: Any,
+    help: str,
+    flag: str | tuple[str, ...] = (),
+    *,
+    choices: tuple | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    complain: Callable[[Any], str | None] | None = None,
+    switch: bool = False,
+    bare: bool = False,
+    incidental: bool = False,
+) -> Any:
+    """A dataclass field that is an option.
+
+    flag: its name or names on the command line, none if it has no flag there. An option that several
+    sections have (such as the crop size) is set in all of them by its one flag.
+    choices: the values that are allowed; for a list, those that it may hold. low, high: the least and
+    the greatest number. complain: returns what is wrong with a value, or None.
+    switch: a bool whose flag takes no value and means true. bare: the flag may stand without a value,
+    which then means None. incidental: another value does not make another experiment.
+    """
+    flags = (flag,) if isinstance(flag, str) else flag
+    metadata = dict(
+        help=help, flags=flags, choices=choices, low=low, high=high, complain=complain,
+        switch=switch, bare=bare, incidental=incidental,
+    )  # fmt: skip
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 
-def section(cls):
+def section(cls: type[T]) -> T:
+    """A dataclass field that is a section: a dataclass of options, one JSON object."""
     return field(default_factory=cls)
 
 
-@dataclass
-class ArchArgs:
-    output_stride: int = option(16, "output stride of the features", choices=(16,))
-    norm_act: str = option(
-        "bn_sync",
-        "batch normalisation: synchronised over CUDA processes, or plain",
-        choices=("bn_sync", "bn"),
-    )
-    backbone: str = option("resnet101", "feature network", choices=("resnet101", "resnet50", "tiny"))
-    backbone_pretrained: bool = option(True, "start step 0 from ImageNet weights")
-    backbone_weights: str | None = option(
-        None,
-        "file with the backbone's ImageNet weights, or 'none' to start from scratch; "
-        "without it torchvision downloads them",
-    )
-    freeze_all_bn: bool = option(False, "batch normalisation frozen, dropout off")
+@dataclass(frozen=True)
+class Option:
+    """A declared option: its path, its type, whether None is allowed, and what `option` was told."""
+
+    path: str
+    kind: type
+    optional: bool
+    metadata: dict[str, Any]
+
+    def checked(self, value: Any, name: str) -> Any:
+        """The value in the option's type; UserError that calls the option `name` if it is not allowed."""
+        told = self.metadata
+        if value is None and self.optional:
+            return None
+        if self.kind is float and type(value) is int:
+            value = _as_float(value, name)
+        if type(value) is not self.kind:
+            wanted = TYPE_NAMES.get(self.kind, f"a {self.kind.__name__}")
+            raise UserError(f"{name} must be {wanted}, not {json.dumps(value)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} is {value}; it must be finite")
+        if told["complain"] and (complaint := told["complain"](value)):
+            raise UserError(f"{name} is {value!r}; {complaint}")
+        if told["choices"]:
+            wrong = [v for v in (value if self.kind is list else [value]) if v not in told["choices"]]
+            if wrong:
+                verb = "has" if self.kind is list else "is"
+                allowed = ", ".join(map(str, told["choices"]))
+                raise UserError(f"{name} {verb} {wrong[0]!r}; allowed: {allowed}")
+        if told["low"] is not None and value < told["low"]:
+            raise UserError(f"{name} is {value}; it must be at least {told['low']}")
+        if told["high"] is not None and value > told["high"]:
+            raise UserError(f"{name} is {value}; it must be at most {told['high']}")
+        return value
+
+    def parsed(self, text: str, flag: str) -> Any:
+        """The value that a text on the command line means, checked."""
+        if text == "":
+            if self.metadata["bare"]:
+                return None
+            raise UserError(f"{flag} needs a value")
+        if self.kind is bool:
+            if text not in ("on", "off"):
+                raise UserError(f"{flag} is {text!r}; allowed: on, off")
+            return text == "on"
+        if text == "none" and self.optional and self.kind is not str:
+            return None
+        try:
+            value = self.kind(text)
+        except ValueError:
+            raise UserError(f"{flag} must be {TYPE_NAMES[self.kind]}, not {text!r}") from None
+        return self.checked(value, flag)
 
 
-@dataclass
-class Arch:
-    type: str = option("DeepLabV3", "network", choices=("DeepLabV3",))
-    args: ArchArgs = section(ArchArgs)
+def _as_float(value, name):
+    try:
+        return float(value)
+    except OverflowError:
+        raise UserError(f"{name} is a number of {len(str(value))} digits; it must be finite") from None
 
 
-@dataclass
-class TaskArgs:
-    name: str = option("15-5", "task: A-B (A classes, then B at a time), 15-1_b .. 15-1_w, or joint")
-    step: int = option(0, "step of the task, from 0", low=0)
-    setting: str = option(
-        "overlap",
-        "which images and labels a step sees",
-        choices=("overlap", "disjoint", "sequential"),
-    )
-    idxs_path: str | None = option(
-        None, "folder for the cached label index (default: inside the data root)"
-    )
+def options(cls: type, prefix: str = "") -> Iterator[Option]:
+    """The options of a configuration class, depth first in the order of their declaration."""
+    hints = typing.get_type_hints(cls)
+    for declared in dataclasses.fields(cls):
+        path, hint = prefix + declared.name, hints[declared.name]
+        if dataclasses.is_dataclass(hint):
+            yield from options(hint, f"{path}.")
+        else:
+            allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+            kind = typing.get_origin(allowed[0]) or allowed[0]
+            yield Option(path, kind, type(None) in allowed, declared.metadata)
 
 
-@dataclass
-class TransformArgs:
-    crop_size: int = option(512, "side of the square crop, pixels", low=32)
+def get(config: Any, path: str) -> Any:
+    """The value of the option or section at a path."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
 
 
-@dataclass
-class TrainSetArgs:
-    transform: bool = option(True, "random resized crop and flip", choices=(True,))
-    transform_args: TransformArgs = section(TransformArgs)
-    masking_value: int = option(0, "label of hidden classes: background or void", choices=(0, 255))
+def put(config: Any, path: str, value: Any) -> None:
+    """Set the option at a path."""
+    *parents, name = path.split(".")
+    setattr(get(config, ".".join(parents)) if parents else config, name, value)
 
 
-@dataclass
-class EvalSetArgs:
-    transform: bool = option(
-        True, "shorter side to crop_size and centre crop; false: whole images at their own size"
-    )
-    transform_args: TransformArgs = section(TransformArgs)
-    masking_value: int = option(0, "label of hidden classes: background or void", choices=(0, 255))
+def read_json(cls: type[T], path: str | Path, accepted: dict[str, tuple | None]) -> tuple[T, list[str]]:
+    """A configuration of class `cls` from a JSON file, checked key by key.
+
+    accepted: path -> values, for keys that are no options. With None any value is accepted, and the key
+    is ignored; else one of those values must stand there.
+    Returns the configuration and the paths that were ignored.
+    Raises UserError for a missing or malformed file, unknown keys, wrong types, values not allowed.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+    config, ignored = cls(), []
+    known = {o.path: o for o in options(cls)}
+    try:
+        _read_object(config, data, "", known, accepted, ignored)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return config, ignored
 
 
-@dataclass
-class TrainSet:
-    args: TrainSetArgs = section(TrainSetArgs)
-    batch_size: int = option(32, "images per batch and process", low=1)
+def _read_object(config, data, where, known, accepted, ignored):
+    """Set the options of one JSON object, and of those inside it."""
+    if not isinstance(data, dict):
+        raise UserError(f"{where or 'the file'} must be a JSON object, not {json.dumps(data)}")
+    for key, value in data.items():
+        path = f"{where}.{key}" if where else key
+        if path in known:
+            put(config, path, known[path].checked(value, path))
+        elif any(other.startswith(f"{path}.") for other in known):
+            _read_object(config, value, path, known, accepted, ignored)
+        elif path not in accepted:
+            raise UserError(f"unknown key {path}: {_nearest(key, where, known)}")
+        elif accepted[path] is None:
+            ignored.append(path)
+        elif value not in accepted[path]:
+            allowed = json.dumps(accepted[path][0])
+            raise UserError(f"{path} is {json.dumps(value)}; allowed: {allowed}, or leave it out")
 
 
-@dataclass
-class EvalSet:
-    args: EvalSetArgs = section(EvalSetArgs)
-    batch_size: int = option(8, "images per evaluation batch", low=1)
+def _nearest(key, where, known):
+    """A hint at what an unknown key may have meant, among those beside it."""
+    beside = {
+        path[len(where) :].strip(".").split(".")[0]: None for path in known if path.startswith(where)
+    }
+    near = difflib.get_close_matches(key, beside, n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else f"known here: {', '.join(beside)}"
 
 
-@dataclass
-class MemoryArgs:
-    mem_size: int = option(100, "stored instances in all, 0: no memory", low=0)
-    replay: str = option(
-        "eir",
-        "what the memory is used for: nothing, whole stored images, instances shown alone, "
-        "or instances shown and pasted (EIR)",
-        choices=("none", "image", "instance", "eir"),
-    )
+class Parser(argparse.ArgumentParser):
+    """A command line whose errors are UserErrors, and whose flags are never abbreviated."""
+
+    def __init__(self, program: str, description: str):
+        super().__init__(program, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> typing.NoReturn:
+        raise UserError(f"{message} ({self.prog} --help lists the flags)")
+
+    def parse_args(self, args=None, namespace=None):
+        """As in argparse; what its own code trips over (such as `--seed --`) is a UserError too."""
+        try:
+            return super().parse_args(args, namespace)
+        except IndexError:
+            self.error("a flag lacks its value")
 
 
-@dataclass
-class DataArgs:
-    data_root: str = option("data/VOC2012", "VOC2012 folder, or the VOCdevkit above it")
-    task: TaskArgs = section(TaskArgs)
-    train: TrainSet = section(TrainSet)
-    val: EvalSet = section(EvalSet)
-    test: EvalSet = section(EvalSet)
-    num_workers: int = option(4, "loader processes per training process", low=0)
-    pin_memory: bool = option(True, "pinned host memory for copies to the GPU")
-    memory: MemoryArgs = section(MemoryArgs)
+def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
+    """Give a parser the flags of all options of a configuration, which shows their defaults."""
+    seen = set()
+    for declared in options(type(config)):
+        told = declared.metadata
+        if not told["flags"] or told["flags"] in seen:
+            continue
+        seen.add(told["flags"])
+        default = get(config, declared.path)
+        shown = {"True": "on", "False": "off", "None": "not set"}.get(str(default), default)
+        text = f"{told['help']} (default: {shown})".replace("%", "%%")
+        settings = {"dest": declared.path, "default": argparse.SUPPRESS, "help": text}
+        if told["switch"]:
+            parser.add_argument(*told["flags"], action="store_true", **settings)
+            continue
+        choices = ("on", "off") if declared.kind is bool else told["choices"]
+        metavar = "{" + ",".join(map(str, choices)) + "}" if choices else "VALUE"
+        bare = {"nargs": "?", "const": ""} if told["bare"] else {}
+        parser.add_argument(*told["flags"], metavar=metavar, **bare, **settings)
 
 
-@dataclass
-class DataLoaderSection:
-    type: str = option("VOCIncrementalDataLoader", "loader", choices=("VOCIncrementalDataLoader",))
-    args: DataArgs = section(DataArgs)
+def apply_flags(config: Any, arguments: argparse.Namespace) -> None:
+    """Write the flags that were given into a configuration; UserError for values not allowed."""
+    given = vars(arguments)
+    first = {}
+    for declared in options(type(config)):
+        flags = declared.metadata["flags"]
+        path = first.setdefault(flags, declared.path) if flags else None
+        if path in given:
+            value = given[path]
+            put(config, declared.path, declared.parsed(value, flags[0]) if value is not True else True)
 
 
-@dataclass
-class OptimizerArgs:
-    lr: float = option(1e-3, "learning rate of the backbone; ASPP and classifiers x10", low=0)
-    weight_decay: float = option(1e-4, "weight decay; at steps >= 1 new classifier only", low=0)
-    momentum: float = option(0.9, "momentum", low=0, high=1)
-    nesterov: bool = option(True, "Nesterov momentum")
-
-
-@dataclass
-class Optimizer:
-    type: str = option("SGD", "optimiser", choices=("SGD",))
-    args: OptimizerArgs = section(OptimizerArgs)
-
-
-@dataclass
-class PasteArgs:
-    """Switches of EIR's paste (METHOD 5, 2-5); the defaults are the paper's."""
-
-    pastes: int = option(3, "instances pasted into an image, at most", low=1, high=20)
-    cell: int = option(
-        250, "side of a cell in pixels at crop 512, scaled with the crop", low=1, high=512
-    )
-    beta: float = option(1.0, "parameter of the Beta distribution of lambda", low=1e-3)
-    lambda_min: float = option(
-        0.0, "lower bound of lambda, an instance's weight in the mix", low=0, high=1
-    )
-    class_combination: bool = option(True, "potential old classes first; off: random classes")
-    position: bool = option(True, "cells with most background first; off: random cells")
-    fusion: bool = option(True, "mix instance and image by lambda; off: lambda 1")
-    fill_in: str = option(
-        "best",
-        "cells of the random fill-in classes: all in the best, or the next ones; none: no fill-ins",
-        choices=("best", "next", "none"),
-    )
-    max_upscale: float | None = option(None, "largest magnification of an instance", low=0.01)
-    on_replay: bool = option(True, "paste on replay images too")
-    augment: bool = option(True, "mirror and stretch an instance at each paste")
-
-
-@dataclass
-class Hyperparameter:
-    pos_weight: float = option(1.0, "weight of the positive BCE term, foreground channels", low=0)
-    mbce: float = option(1.0, "weight of the BCE loss", low=0)
-    kd: float = option(5.0, "weight of the distillation", low=0)
-    ac: float = option(0.0, "weight of the auxiliary classifier loss (DKD)", low=0)
-    pseudo_thresh: float = option(0.7, "score from which a pseudo label is taken", low=0, high=1)
-    ignore_thresh: float | None = option(
-        None,
-        "score of an old class from which background without a pseudo label and without an instance "
-        "is left out of the BCE (needs pseudo labels); none: all counts as background",
-        low=0,
-        high=1,
-    )
-    pseudo_labels: bool = option(True, "pseudo labels of the old classes from the teacher")
-    kd_mode: str = option("rskd", "distillation", choices=("none", "plain", "unbiased", "rskd"))
-    rskd_region: str = option(
-        "all",
-        "pixels distilled on; new: of new classes, without an instance",
-        choices=("all", "new"),
-    )
-    paste: PasteArgs = section(PasteArgs)
-
-
-@dataclass
-class PolyArgs:
-    power: float = option(0.9, "exponent of the poly schedule", low=0)
-
-
-@dataclass
-class LRScheduler:
-    type: str = option("PolyLR", "schedule, per iteration", choices=("PolyLR",))
-    args: PolyArgs = section(PolyArgs)
-
-
-@dataclass
-class Evaluator:
-    type: str = option("Evaluator", "evaluator", choices=("Evaluator",))
-    args: dict = field(default_factory=dict, metadata={"help": "no arguments"})
-
-
-METRICS = ("Pixel_Accuracy", "Pixel_Accuracy_Class", "Mean_Intersection_over_Union")
-GROUPS = ("overall", "old", "new", "harmonic")  # what each of them is the mean over
-
-
-@dataclass
-class TrainerSection:
-    epochs: int = option(60, "epochs", low=1)
-    save_dir: str = option("_saved_voc", "folder of all outputs")
-    save_period: int = option(-1, "epochs between kept checkpoints, -1: the last only", low=-1)
-    validation_period: int = option(-1, "epochs between validations, -1: never", low=-1)
-    verbosity: int = option(2, "0: warnings, 1: a line per epoch, 2: progress too", low=0, high=2)
-    monitor: str = option(
-        "off", "'off', or 'max' or 'min' and a validated metric, with _old or _new to narrow it"
-    )
-    early_stop: int = option(-1, "validations without improvement before stopping, -1: off", low=-1)
-    reset_best_mnt: bool = option(False, "forget the best value when resuming")
-    tensorboard: bool = option(False, "TensorBoard events, if it is installed")
-    accumulate: int = option(1, "micro-batches that a batch is split into", low=1)
-    log_interval: int = option(10, "iterations between progress reports", low=1)
-
-
-@dataclass
-class Config:
-    name: str = option("EIR", "name of the run, part of its folder")
-    seed: int = option(1, "seed of everything random", low=0)
-    use_amp: bool = option(True, "mixed precision")
-    amp_dtype: str = option(
-        "auto",
-        "type of mixed precision; auto: bf16 where the GPU has it, else fp16, on the CPU none; bf16: "
-        "on the CPU too, which pays where the processor has it (AMX)",
-        choices=("auto", "bf16", "fp16"),
-    )
-    multiprocessing_distributed: bool = option(False, "one process per visible GPU")
-    rank: int = option(0, "index of this node", low=0)
-    world_size: int = option(1, "number of nodes", low=1)
-    dist_backend: str = option("nccl", "backend on CUDA (the CPU has gloo)", choices=("nccl", "gloo"))
-    dist_url: str | None = option(None, "tcp://host:port of the first process; none: a free port")
-    n_gpu: int = option(1, "accepted from files of DKD and EIR; the visible GPUs decide", low=0)
-    arch: Arch = section(Arch)
-    data_loader: DataLoaderSection = section(DataLoaderSection)
-    optimizer: Optimizer = section(Optimizer)
-    hyperparameter: Hyperparameter = section(Hyperparameter)
-    lr_scheduler: LRScheduler = section(LRScheduler)
-    evaluator: Evaluator = section(Evaluator)
-    metrics: list[str] = field(
-        default_factory=lambda: list(METRICS),
-        metadata={"help": "validated", "each": METRICS},
-    )
-    trainer: TrainerSection = section(TrainerSection)
-
-    @property
-    def data(self) -> DataArgs:
-        return self.data_loader.args
-
-    @property
-    def task(self) -> TaskArgs:
-        return self.data_loader.args.task
-
-    def step_dir(self, step: int | None = None, kind: str = "models") -> Path:
-        """<save_dir>/<kind>/<setting>_<task>_<name>/step_<t>, t being the config's own step."""
-        task = self.task
-        run = f"{task.setting}_{task.name}_{self.name}"
-        step = task.step if step is None else step
-        return Path(self.trainer.save_dir).expanduser() / kind / run / f"step_{step}"
-
-    def to_dict(self) -> dict:
-        return dataclasses.asdict(self)
+def differences(old: Any, new: Any) -> list[str]:
+    """Paths of the options that differ between two configurations and make another experiment."""
+    return [
+        o.path
+        for o in options(type(new))
+        if not o.metadata["incidental"] and get(old, o.path) != get(new, o.path)
+    ]

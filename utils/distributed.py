@@ -18,12 +18,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.config import Config
 from utils.errors import UserError, exit_with
 
 
-def launch(worker: Callable, config: Config, *arguments) -> None:
-    """Run worker(config, *arguments) in every process of this run; UserError ends it with code 2."""
+def select_devices(device: str | None) -> None:
+    """Let this process see these GPUs, such as "0,1", unless CUDA_VISIBLE_DEVICES is set already."""
+    if device is not None:
+        os.environ.setdefault("CUDA_VISIBLE_DEVICES", device)
+
+
+def launch(worker: Callable, config, *arguments) -> None:
+    """Run worker(config, *arguments) in every process of this run; UserError ends it with code 2.
+
+    config: has multiprocessing_distributed, dist_url, dist_backend, rank and world_size.
+    """
     gpus = torch.cuda.device_count()
     if not gpus and os.environ.get("RANK", "0") == "0":
         print(_why_no_gpu(), file=sys.stderr)

@@ -3,7 +3,8 @@
 import numpy as np
 import torch
 
-from utils.config import METRICS
+METRICS = ("Pixel_Accuracy", "Pixel_Accuracy_Class", "Mean_Intersection_over_Union")
+GROUPS = ("overall", "old", "new", "harmonic")  # what each of them is the mean over
 
 
 class ConfusionMatrix:

@@ -1,9 +1,11 @@
-"""Pictures of labels: the VOC palette and coloured label maps."""
+"""Label maps: the void label, the VOC palette, and pictures of them."""
 
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+VOID = 255  # the label of pixels that count nowhere: in no loss, in no metric
 
 
 def voc_palette() -> np.ndarray:

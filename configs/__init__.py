@@ -1,0 +1,1 @@
+"""The options, and configurations as JSON files."""

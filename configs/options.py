@@ -1,0 +1,470 @@
+"""Every option of the project: the configuration of an experiment, and what a single call asks for.
+
+An option stands here once, with its default, its help, its flag and what is allowed. utils/config.py
+reads JSON files and command lines by that, writes the help, and compares two configurations.
+"""
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from utils.config import Parser, add_flags, apply_flags, option, read_json, section
+from utils.distributed import select_devices
+from utils.errors import UserError, exit_with
+from utils.metrics import METRICS
+
+DEFAULT_CONFIG = Path(__file__).resolve().parent / "config_voc.json"
+
+# Keys of configurations of DKD and EIR that are no options here. With None the key means nothing here
+# and is ignored with a warning; else it has one possible value (or several ways to write it), which may
+# stand in the file, and any other one is an error.
+ACCEPTED = {
+    "test": None,
+    "mix_mask": None,
+    "proto_channels": None,
+    "proto_layer": None,
+    "margin": None,
+    "hyperparameter.dkd_pos": None,
+    "hyperparameter.dkd_neg": None,
+    "hyperparameter.fc": None,
+    "hyperparameter.fs": None,
+    "hyperparameter.loss_lovasz": (0,),
+    "data_loader.args.val.cross_val": (False,),
+    "n_gpu": tuple(range(1024)),  # the visible GPUs decide
+    "arch.type": ("DeepLabV3",),
+    "arch.args.output_stride": (16,),
+    "data_loader.type": ("VOCIncrementalDataLoader",),
+    "data_loader.args.train.args.transform": (True,),
+    "optimizer.type": ("SGD",),
+    "lr_scheduler.type": ("PolyLR",),
+    "evaluator": ({"type": "Evaluator", "args": {}}, {"type": "Evaluator"}, {}),
+}
+
+
+def _no_folder_name(name):
+    """What keeps a run's name from being part of a folder's name."""
+    if not name.strip(".") or "/" in name or len(name.encode(errors="replace")) > 200:
+        return "it must be a name that a folder can have"
+    if not name.isprintable():
+        return "it must be printable, in one line"
+
+
+def _no_devices(text):
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdecimal() for part in parts):
+        return "give GPU indices such as 0 or 0,1"
+
+
+def _no_norm(kind):
+    if kind == "iabn_sync":
+        return "that needs the inplace_abn package, which is not used here: choose bn_sync or bn"
+
+
+@dataclass
+class ArchArgs:
+    norm_act: str = option(
+        "bn_sync",
+        "batch normalisation: synchronised over CUDA processes, or plain",
+        choices=("bn_sync", "bn"),
+        complain=_no_norm,
+    )
+    backbone: str = option(
+        "resnet101", "feature network", "--backbone", choices=("resnet101", "resnet50", "tiny")
+    )
+    backbone_pretrained: bool = option(True, "start step 0 from ImageNet weights")
+    backbone_weights: str | None = option(
+        None,
+        "file with the backbone's ImageNet weights, or 'none' to start from scratch; "
+        "without it torchvision downloads them",
+        "--backbone_weights",
+    )
+    freeze_all_bn: bool = option(
+        False, "batch normalisation frozen, dropout off", "--freeze_bn", switch=True
+    )
+
+
+@dataclass
+class Arch:
+    args: ArchArgs = section(ArchArgs)
+
+
+@dataclass
+class TaskArgs:
+    name: str = option(
+        "15-5", "task: A-B (A classes, then B at a time), 15-1_b .. 15-1_w, or joint", "--task_name"
+    )
+    step: int = option(0, "step of the task, from 0", "--task_step", low=0)
+    setting: str = option(
+        "overlap",
+        "which images and labels a step sees",
+        "--task_setting",
+        choices=("overlap", "disjoint", "sequential"),
+    )
+    idxs_path: str | None = option(
+        None, "folder for the cached label index (default: inside the data root)", incidental=True
+    )
+
+
+@dataclass
+class TransformArgs:
+    crop_size: int = option(512, "side of the square crop, pixels", "--crop_size", low=32)
+
+
+@dataclass
+class TrainSetArgs:
+    transform_args: TransformArgs = section(TransformArgs)
+    masking_value: int = option(0, "label of hidden classes: background or void", choices=(0, 255))
+
+
+@dataclass
+class EvalSetArgs:
+    transform: bool = option(
+        True, "shorter side to crop_size and centre crop; false: whole images at their own size"
+    )
+    transform_args: TransformArgs = section(TransformArgs)
+    masking_value: int = option(0, "label of hidden classes: background or void", choices=(0, 255))
+
+
+@dataclass
+class TrainSet:
+    args: TrainSetArgs = section(TrainSetArgs)
+    batch_size: int = option(32, "images per batch and process", ("--bs", "--batch_size"), low=1)
+
+
+@dataclass
+class EvalSet:
+    args: EvalSetArgs = section(EvalSetArgs)
+    batch_size: int = option(8, "images per evaluation batch", low=1)
+
+
+@dataclass
+class MemoryArgs:
+    mem_size: int = option(100, "stored instances in all, 0: no memory", "--mem_size", low=0)
+    replay: str = option(
+        "eir",
+        "what the memory is used for: nothing, whole stored images, instances shown alone, "
+        "or instances shown and pasted (EIR)",
+        "--replay",
+        choices=("none", "image", "instance", "eir"),
+    )
+
+
+@dataclass
+class DataArgs:
+    data_root: str = option(
+        "data/VOC2012", "VOC2012 folder, or the VOCdevkit above it", "--data_root", incidental=True
+    )
+    task: TaskArgs = section(TaskArgs)
+    train: TrainSet = section(TrainSet)
+    val: EvalSet = section(EvalSet)
+    test: EvalSet = section(EvalSet)
+    num_workers: int = option(
+        4, "loader processes per training process", "--num_workers", low=0, incidental=True
+    )
+    pin_memory: bool = option(True, "pinned host memory for copies to the GPU", incidental=True)
+    memory: MemoryArgs = section(MemoryArgs)
+
+
+@dataclass
+class DataLoaderSection:
+    args: DataArgs = section(DataArgs)
+
+
+@dataclass
+class OptimizerArgs:
+    lr: float = option(
+        1e-3,
+        "learning rate of the backbone; ASPP and classifiers x10",
+        ("--lr", "--learning_rate"),
+        low=0,
+    )
+    weight_decay: float = option(1e-4, "weight decay; at steps >= 1 new classifier only", low=0)
+    momentum: float = option(0.9, "momentum", low=0, high=1)
+    nesterov: bool = option(True, "Nesterov momentum")
+
+
+@dataclass
+class Optimizer:
+    args: OptimizerArgs = section(OptimizerArgs)
+
+
+@dataclass
+class PasteArgs:
+    """Switches of EIR's paste (METHOD 5, 2-5); the defaults are the paper's."""
+
+    pastes: int = option(3, "instances pasted into an image, at most", "--pastes", low=1, high=20)
+    cell: int = option(
+        250, "side of a cell in pixels at crop 512, scaled with the crop", low=1, high=512
+    )
+    beta: float = option(1.0, "parameter of the Beta distribution of lambda", low=1e-3)
+    lambda_min: float = option(
+        0.0, "lower bound of lambda, an instance's weight in the mix", "--lambda_min", low=0, high=1
+    )
+    class_combination: bool = option(
+        True, "potential old classes first; off: random classes", "--class_combination"
+    )
+    position: bool = option(True, "cells with most background first; off: random cells", "--position")
+    fusion: bool = option(True, "mix instance and image by lambda; off: lambda 1", "--fusion")
+    fill_in: str = option(
+        "best",
+        "cells of the random fill-in classes: all in the best, or the next ones; none: no fill-ins",
+        "--fill_in",
+        choices=("best", "next", "none"),
+    )
+    max_upscale: float | None = option(
+        None, "largest magnification of an instance", "--max_upscale", low=0.01
+    )
+    on_replay: bool = option(True, "paste on replay images too", "--paste_on_replay")
+    augment: bool = option(True, "mirror and stretch an instance at each paste", "--paste_augment")
+
+
+@dataclass
+class Hyperparameter:
+    pos_weight: float = option(
+        1.0, "weight of the positive BCE term, foreground channels", "--pos_weight", low=0
+    )
+    mbce: float = option(1.0, "weight of the BCE loss", "--mbce", low=0)
+    kd: float = option(5.0, "weight of the distillation", "--kd", low=0)
+    ac: float = option(0.0, "weight of the auxiliary classifier loss (DKD)", "--ac", low=0)
+    pseudo_thresh: float = option(
+        0.7, "score from which a pseudo label is taken", "--pseudo_thresh", low=0, high=1
+    )
+    ignore_thresh: float | None = option(
+        None,
+        "score of an old class from which background without a pseudo label and without an instance "
+        "is left out of the BCE (needs pseudo labels); none: all counts as background",
+        "--ignore_thresh",
+        low=0,
+        high=1,
+    )
+    pseudo_labels: bool = option(
+        True, "pseudo labels of the old classes from the teacher", "--pseudo_labels"
+    )
+    kd_mode: str = option(
+        "rskd", "distillation", "--kd_mode", choices=("none", "plain", "unbiased", "rskd")
+    )
+    rskd_region: str = option(
+        "all",
+        "pixels distilled on; new: of new classes, without an instance",
+        "--rskd_region",
+        choices=("all", "new"),
+    )
+    paste: PasteArgs = section(PasteArgs)
+
+
+@dataclass
+class PolyArgs:
+    power: float = option(0.9, "exponent of the poly schedule", low=0)
+
+
+@dataclass
+class LRScheduler:
+    args: PolyArgs = section(PolyArgs)
+
+
+@dataclass
+class TrainerSection:
+    epochs: int = option(60, "epochs", ("--epochs", "--ep"), low=1)
+    save_dir: str = option("_saved_voc", "folder of all outputs", "--save_dir", incidental=True)
+    save_period: int = option(
+        -1, "epochs between kept checkpoints, -1: the last only", low=-1, incidental=True
+    )
+    validation_period: int = option(-1, "epochs between validations, -1: never", low=-1)
+    verbosity: int = option(
+        2, "0: warnings, 1: a line per epoch, 2: progress too", low=0, high=2, incidental=True
+    )
+    monitor: str = option(
+        "off", "'off', or 'max' or 'min' and a validated metric, with _old or _new to narrow it"
+    )
+    early_stop: int = option(-1, "validations without improvement before stopping, -1: off", low=-1)
+    reset_best_mnt: bool = option(False, "forget the best value when resuming", incidental=True)
+    tensorboard: bool = option(False, "TensorBoard events, if it is installed", incidental=True)
+    accumulate: int = option(1, "micro-batches that a batch is split into", "--accumulate", low=1)
+    log_interval: int = option(10, "iterations between progress reports", low=1, incidental=True)
+
+
+@dataclass
+class Config:
+    """The configuration of an experiment, in the nested JSON shape of DKD and EIR."""
+
+    name: str = option("EIR", "name of the run, part of its folder", "--name", complain=_no_folder_name)
+    seed: int = option(1, "seed of everything random", "--seed", low=0)
+    use_amp: bool = option(True, "mixed precision")
+    amp_dtype: str = option(
+        "auto",
+        "type of mixed precision; auto: bf16 where the GPU has it, else fp16, on the CPU none; bf16: "
+        "on the CPU too, which pays where the processor has it (AMX)",
+        "--amp_dtype",
+        choices=("auto", "bf16", "fp16"),
+    )
+    multiprocessing_distributed: bool = option(
+        False,
+        "one process per visible GPU",
+        "--multiprocessing_distributed",
+        switch=True,
+        incidental=True,
+    )
+    rank: int = option(0, "index of this node", low=0, incidental=True)
+    world_size: int = option(1, "number of nodes", low=1, incidental=True)
+    dist_backend: str = option(
+        "nccl", "backend on CUDA (the CPU has gloo)", choices=("nccl", "gloo"), incidental=True
+    )
+    dist_url: str | None = option(
+        None,
+        "tcp://host:port of the first process; none: a free port",
+        "--dist_url",
+        bare=True,
+        incidental=True,
+    )
+    arch: Arch = section(Arch)
+    data_loader: DataLoaderSection = section(DataLoaderSection)
+    optimizer: Optimizer = section(Optimizer)
+    hyperparameter: Hyperparameter = section(Hyperparameter)
+    lr_scheduler: LRScheduler = section(LRScheduler)
+    metrics: list[str] = option(list(METRICS), "validated", choices=tuple(METRICS), incidental=True)
+    trainer: TrainerSection = section(TrainerSection)
+
+    @property
+    def data(self) -> DataArgs:
+        return self.data_loader.args
+
+    @property
+    def task(self) -> TaskArgs:
+        return self.data_loader.args.task
+
+    def step_dir(self, step: int | None = None, kind: str = "models") -> Path:
+        """<save_dir>/<kind>/<setting>_<task>_<name>/step_<t>, t being the config's own step."""
+        task = self.task
+        run = f"{task.setting}_{task.name}_{self.name}"
+        step = task.step if step is None else step
+        return Path(self.trainer.save_dir).expanduser() / kind / run / f"step_{step}"
+
+    def to_dict(self) -> dict:
+        """The configuration as the JSON object that `load_config` reads."""
+        return asdict(self)
+
+
+@dataclass
+class Call:
+    """What one call of an entry point asks for, beside the configuration of the experiment."""
+
+    config: str | None = option(
+        None, f"JSON configuration (train: {DEFAULT_CONFIG.name}; eval: beside the checkpoint)",
+        ("-c", "--config"),
+    )  # fmt: skip
+    device: str | None = option(
+        None,
+        "GPU indices such as 0,1; a CUDA_VISIBLE_DEVICES that is already set wins",
+        ("-d", "--device"),
+        complain=_no_devices,
+    )
+    test: bool = option(False, "evaluate only; eval_voc.py does nothing else", "--test", switch=True)
+    ignored: list[str] = option([], "keys of the configuration file that mean nothing here")
+
+
+@dataclass
+class TrainCall(Call):
+    """A call of train_voc.py."""
+
+    resume: str | None = option(
+        None,
+        "go on from this checkpoint; 'auto': from the step's last one, if there is one",
+        ("-r", "--resume"),
+    )
+    overwrite: bool = option(
+        False, "train the step anew, replacing its output", "--overwrite", switch=True
+    )
+    prev_checkpoint: str | None = option(
+        None, "start step t >= 1 from this model instead of step t-1's own output", "--prev_checkpoint"
+    )
+
+
+@dataclass
+class EvalCall(Call):
+    """A call of eval_voc.py."""
+
+    resume: str | None = option(None, "checkpoint to evaluate", ("-r", "--resume"))
+    output: str | None = option(None, "write the numbers to this JSON file", "--output")
+    score: float = option(
+        0.5, "sigmoid score that a prediction asks for, else it is background", "--score",
+        low=0, high=1,
+    )  # fmt: skip
+
+
+def load_config(path: str | Path) -> tuple[Config, list[str]]:
+    """A configuration from a JSON file, and the paths of its keys that mean nothing here.
+
+    Raises UserError as utils.config.read_json does.
+    """
+    return read_json(Config, path, ACCEPTED)
+
+
+def parse_train(arguments: list[str] | None = None) -> tuple[Config, TrainCall]:
+    """Configuration and request of a call of train_voc.py; bad input ends the process."""
+    return _or_exit(read_train, arguments)
+
+
+def parse_eval(arguments: list[str] | None = None) -> tuple[Config, EvalCall]:
+    """Configuration and request of a call of eval_voc.py; bad input ends the process."""
+    return _or_exit(read_eval, arguments)
+
+
+def _or_exit(read, arguments):
+    try:
+        config, call = read(sys.argv[1:] if arguments is None else arguments)
+        select_devices(call.device)
+        return config, call
+    except UserError as error:
+        exit_with(error)
+
+
+def read_train(arguments: list[str]) -> tuple[Config, TrainCall]:
+    """As parse_train, but bad input raises UserError and no device is selected."""
+    config, ignored = load_config(_given("--config", arguments) or DEFAULT_CONFIG)
+    call = TrainCall(ignored=ignored)
+    _read(arguments, config, call, "train_voc.py", "Train one step of a continual task, then test it.")
+    if call.overwrite and call.resume:
+        raise UserError("--overwrite and --resume exclude each other: give one of them")
+    if config.hyperparameter.ignore_thresh is not None and not config.hyperparameter.pseudo_labels:
+        raise UserError("--ignore_thresh works on pseudo labels only: do not give it with them off")
+    return config, call
+
+
+def read_eval(arguments: list[str]) -> tuple[Config, EvalCall]:
+    """As parse_eval, but bad input raises UserError and no device is selected."""
+    given, checkpoint = _given("--config", arguments), _given("--resume", arguments)
+    wants_help = {"-h", "--help"} & set(arguments)
+    if not given and not wants_help:
+        if not checkpoint:
+            raise UserError("give the checkpoint to evaluate with -r FILE")
+        if not Path(checkpoint).is_file():
+            raise UserError(f"no checkpoint at {checkpoint}: give the path of a .pth file with -r")
+        if not (Path(checkpoint).parent / "config.json").is_file():
+            raise UserError(f"no config.json beside {checkpoint}: give the configuration with -c")
+        given = Path(checkpoint).parent / "config.json"
+    config, ignored = load_config(given or DEFAULT_CONFIG)
+    if not _given("--config", arguments):  # how the training was started is not how this is
+        config.rank, config.world_size, config.dist_url = 0, 1, None
+    call = EvalCall(ignored=ignored)
+    _read(arguments, config, call, "eval_voc.py", "Evaluate a checkpoint on its step's test images.")
+    if not call.resume:
+        raise UserError("give the checkpoint to evaluate with -r FILE")
+    return config, call
+
+
+def _given(flag, arguments):
+    """The value of a flag of Call, needed before the parser that shows the file's defaults exists."""
+    parser = Parser("", "")
+    add_flags(parser, EvalCall())
+    words = [word for word in arguments if word not in ("-h", "--help")]
+    return getattr(parser.parse_known_args(words)[0], flag.strip("-"), None)
+
+
+def _read(arguments, config, call, program, description):
+    """Write the flags that were given into the configuration and the call."""
+    parser = Parser(program, description)
+    for target in (call, config):
+        add_flags(parser, target)
+    parsed = parser.parse_args(arguments)
+    for target in (call, config):
+        apply_flags(target, parsed)
