@@ -1,8 +1,8 @@
 """Options as typed dataclasses: read from JSON, set by flags, compared.
 
-An option is a dataclass field made with `option`; there, once, stand its default, its help, its flag and
-what is allowed. Dataclasses nest as the JSON objects do (`section`), and an option is named by its path,
-such as "trainer.epochs". This module declares no option; configs/options.py declares all of them.
+An option is a dataclass field made with `option`, where its default, its help, its flag and what is
+allowed stand once. Dataclasses nest as the JSON objects do (`section`), and an option is named by its
+path, such as "trainer.epochs". This module declares none; configs/options.py declares all of them.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class Option:
     metadata: dict[str, Any]
 
     def checked(self, value: Any, name: str) -> Any:
-        """The value in the option's type; UserError that calls the option `name` if it is not allowed."""
+        """The value in the option's type. UserError if it is not allowed; `name` is what it is called."""
         told = self.metadata
         if value is None and self.optional:
             return None
@@ -191,9 +191,10 @@ def _read_object(config, data, where, known, accepted, ignored):
 
 def _nearest(key, where, known):
     """A hint at what an unknown key may have meant, among those beside it."""
-    beside = {
-        path[len(where) :].strip(".").split(".")[0]: None for path in known if path.startswith(where)
-    }
+    inside = f"{where}." if where else ""
+    beside = dict.fromkeys(
+        path.removeprefix(inside).split(".")[0] for path in known if path.startswith(inside)
+    )
     near = difflib.get_close_matches(key, beside, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else f"known here: {', '.join(beside)}"
 
