@@ -215,7 +215,14 @@ class PasteArgs:
         None, "largest magnification of an instance", "--max_upscale", low=0.01
     )
     on_replay: bool = option(True, "paste on replay images too", "--paste_on_replay")
-    augment: bool = option(True, "mirror and stretch an instance at each paste", "--paste_augment")
+    augment: str = option(
+        "crop",
+        "how an instance varies from paste to paste; crop: it passes the training transform, which may "
+        "truncate and squash it; stretch: whole, mirrored, its aspect changed; off: as stored",
+        "--paste_augment",
+        choices=("crop", "stretch", "off"),
+        old={True: "stretch", False: "off"},
+    )
 
 
 @dataclass

@@ -45,15 +45,8 @@ class LabelledImages(Dataset):
 class TrainDataset(Dataset):
     """Training images of a step, followed by the entries of its memory."""
 
-    def __init__(
-        self,
-        images: LabelledImages,
-        memory: Memory | None,
-        seed: int,
-        draw: Callable[[np.random.Generator], torch.Tensor] | None = None,
-    ):
-        """draw: makes the numbers that a sample's pastes use, from the sample's generator."""
-        self.images, self.memory, self.seed, self.draw = images, memory, seed, draw
+    def __init__(self, images: LabelledImages, memory: Memory | None, seed: int):
+        self.images, self.memory, self.seed = images, memory, seed
 
     def __len__(self) -> int:
         return len(self.images) + (len(self.memory) if self.memory else 0)
@@ -61,12 +54,10 @@ class TrainDataset(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of (epoch, index).
 
-        image uint8 [3, S, S], label uint8 [S, S], id str, replayed bool (from the memory), alone
-        bool (an instance without background: the image counts only where label > 0), numbers
-        float32 (with draw).
+        image uint8 [3, S, S], label uint8 [S, S], id str, epoch and index int, replayed bool (from the
+        memory), alone bool (an instance without background: the image counts only where label > 0).
         """
         epoch, i = key
-        generator = np.random.default_rng((self.seed, epoch, i))
         stored = i - len(self.images)
         replayed = stored >= 0
         if replayed:
@@ -76,13 +67,18 @@ class TrainDataset(Dataset):
             image, label = self.images.load(i)
             name = self.images.ids[i]
         with torch.random.fork_rng(devices=[]):
+            generator = np.random.default_rng((self.seed, epoch, i))
             torch.default_generator.manual_seed(int(generator.integers(2**62)))
             image, label = self.images.transform(image, label)
-        sample = {"image": image.contiguous(), "label": label, "id": name, "replayed": replayed}
-        sample["alone"] = replayed and self.memory.instances
-        if self.draw:
-            sample["numbers"] = self.draw(generator)
-        return sample
+        return {
+            "image": image.contiguous(),
+            "label": label,
+            "id": name,
+            "epoch": epoch,
+            "index": i,
+            "replayed": replayed,
+            "alone": replayed and self.memory.instances,
+        }
 
 
 def normalize(

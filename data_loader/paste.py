@@ -1,7 +1,7 @@
-"""Paste augmentation (METHOD 5, 1-5) for a whole batch on the device.
+"""Paste augmentation (METHOD 5, 2-5) for a whole batch on the device.
 
-A pure function of the batch, the bank of instances and the random numbers that came with each
-sample. Nothing here waits for the device: no transfer back, no size that depends on data, no file.
+A pure function of the batch, the bank of instances, and (seed, epoch, index) of each sample. Nothing
+here waits for the device: no transfer back, no size that depends on data, no file.
 """
 
 from dataclasses import dataclass
@@ -13,69 +13,114 @@ import torch.nn.functional as F
 from configs.options import PasteArgs
 from data_loader.dataset import normalize
 from data_loader.memory import FILL, Memory, bounding_box
-from data_loader.tasks import NUM_CLASSES
+from data_loader.transforms import TrainTransform
 from utils.visualize import VOID
 
+VIEWS = 64  # drawn of each entry at the start of an epoch; a paste picks one of them
 
-@dataclass
+
 class Bank:
-    """The regions of the stored instances, packed on a device.
+    """The stored instances, packed on a device: of each entry, the class that it was drawn for.
 
-    pixels: float32 [P, 3], all regions' pixels row by row, normalised; mask: bool [P], those of the
-    class. start, height, width: int64 [M], of entry m's region in pixels.
-    slots: int64 [C, L], entries of each channel's list; count: int64 [C], lengths of the lists.
+    A *region* is the box around the pixels of that class, as stored. M is the number of entries, C that
+    of the channels (background and old classes).
+
+    pixels: float32 [P, 3], the pixels of all regions, row by row, normalised. Those that are not of the
+        class have ImageNet's mean colour, zero after normalisation, with which bilinear resampling
+        mixes at the class's border.
+    of_class: bool [P], the pixels of the class.
+    start, stride: int64 [M], where an entry's region starts in `pixels`, and its width.
+    entries, count: int64 [C, L] and [C], each channel's list of entries, and the list's length.
+    masks, places: of each region the pixels of the class, as an array bool [h, w], and (top, left) on
+        its canvas with the canvas's (height, width).
     """
 
-    pixels: torch.Tensor
-    mask: torch.Tensor
-    start: torch.Tensor
-    height: torch.Tensor
-    width: torch.Tensor
-    slots: torch.Tensor
-    count: torch.Tensor
-
-    @classmethod
-    def pack(cls, memory: Memory, channels: int, device: torch.device) -> "Bank":
-        """Pack, of each entry, the region of the class that it was drawn for."""
-        regions = [_region(memory, i) for i in range(len(memory))]
-        regions = regions or [(np.zeros((1, 1, 3), dtype=np.uint8), np.zeros((1, 1), dtype=bool))]
-        colours = np.concatenate([colour.reshape(-1, 3) for colour, _ in regions])
-        mask = torch.from_numpy(np.concatenate([mask.ravel() for _, mask in regions]))
-        shapes = torch.tensor([mask.shape for _, mask in regions])
-        sizes = shapes.prod(dim=1)
+    def __init__(self, memory: Memory, channels: int, device: torch.device):
+        self.masks, self.places, colours = [], [], []
+        for i, entry in enumerate(memory.entries):
+            of_class = memory.labels[i] == memory.drawn_for[i]
+            rows, columns = box = bounding_box(of_class)
+            mask = of_class[box]
+            colour = np.where(mask[..., None], memory.images[i][box], np.uint8(FILL))
+            colours.append(colour.reshape(-1, 3))
+            self.masks.append(mask)
+            self.places.append((entry.top + rows.start, entry.left + columns.start, *entry.canvas))
+        sizes = torch.tensor([mask.size for mask in self.masks])
         lists = [[i for i, c in enumerate(memory.drawn_for) if c == k] for k in range(channels)]
-        slots = torch.zeros(channels, max(1, *map(len, lists)), dtype=torch.int64)
-        for k, entries in enumerate(lists):
-            slots[k, : len(entries)] = torch.tensor(entries, dtype=torch.int64)
-        count = torch.tensor([len(entries) for entries in lists])
-        pixels = normalize(torch.from_numpy(colours).T[None, :, :, None])[0, :, :, 0].T.contiguous()
-        fields = (pixels, mask, sizes.cumsum(0) - sizes, shapes[:, 0], shapes[:, 1], slots, count)
-        return cls(*(field.to(device) for field in fields))
+        longest = max(map(len, lists))
+        entries = torch.tensor([one + [0] * (longest - len(one)) for one in lists])
+        colours = torch.from_numpy(np.concatenate(colours))
+        pixels = normalize(colours.T[None, :, :, None])[0, :, :, 0].T.contiguous()
+        of_class = torch.from_numpy(np.concatenate([mask.ravel() for mask in self.masks]))
+        self.pixels, self.of_class = pixels.to(device), of_class.to(device)
+        self.start = (sizes.cumsum(0) - sizes).to(device)
+        self.stride = torch.tensor([mask.shape[1] for mask in self.masks]).to(device)
+        self.entries = entries.to(device)
+        self.count = torch.tensor([len(one) for one in lists]).to(device)
+
+    def draw_views(self, augment: str, crop_size: int, count: int) -> torch.Tensor:
+        """Views of each entry, float32 [M, V, 6], drawn from torch's generator (METHOD 5, 3).
+
+        A view is (top, left, height, width) of a box in the region, and the (height, width) at which
+        the training transform would show it; zeros where nothing of the class is left. augment:
+        crop: the box around what a window of RandomResizedCrop leaves of the class, at the size that
+            the window, resized to the square crop, gives it; V = count.
+        stretch: the whole region, its aspect ratio changed by a log-uniform factor in [3/4, 4/3].
+        off: the region as it is, V = 1.
+        """
+        if augment == "crop":
+            window = TrainTransform(crop_size).window
+            views = [
+                [_cropped(mask, place, window(*place[2:]), crop_size) for _ in range(count)]
+                for mask, place in zip(self.masks, self.places, strict=True)
+            ]
+            return torch.tensor(views, dtype=torch.float32)
+        sizes = torch.tensor([mask.shape for mask in self.masks], dtype=torch.float32)[:, None]
+        stretch = torch.ones(len(sizes), 1, 1)
+        if augment == "stretch":
+            stretch = (4 / 3) ** (2 * torch.rand(len(sizes), count, 1) - 1)
+        root = stretch.sqrt()
+        shown = torch.cat([sizes[..., :1] / root, sizes[..., 1:] * root], dim=2)
+        boxes = torch.cat([torch.zeros_like(sizes), sizes], dim=2).expand(-1, shown.shape[1], -1)
+        return torch.cat([boxes, shown], dim=2)
 
 
-def _region(memory, i):
-    """Box around the pixels of the entry's class: colour uint8 [h, w, 3] and mask bool [h, w].
+def _cropped(mask, place, window, crop_size):
+    """The view of a region (mask bool [h, w], place as in Bank) through a window on its canvas."""
+    height, width, side = window["height"], window["width"], crop_size
+    above, before = window["top"] - place[0], window["left"] - place[1]
+    rows = slice(max(above, 0), max(above + height, 0))
+    columns = slice(max(before, 0), max(before + width, 0))
+    left_over = mask[rows, columns]
+    if not left_over.any():
+        return [0] * 6
+    box = bounding_box(left_over)
+    top, bottom = rows.start + box[0].start, rows.start + box[0].stop
+    left, right = columns.start + box[1].start, columns.start + box[1].stop
+    shown = (
+        _pixels_before(bottom - above, side / height) - _pixels_before(top - above, side / height),
+        _pixels_before(right - before, side / width) - _pixels_before(left - before, side / width),
+    )
+    return [top, left, bottom - top, right - left, *shown] if min(shown) > 0 else [0] * 6
 
-    Pixels of the box that are not of the class have ImageNet's mean colour: zero after
-    normalisation, with which bilinear resampling mixes at the region's border.
-    """
-    mask = memory.labels[i] == memory.drawn_for[i]
-    box = bounding_box(mask)
-    colour = np.where(mask[box][..., None], memory.images[i][box], np.uint8(FILL))
-    return colour, mask[box]
+
+def _pixels_before(edge, scale):
+    """Pixel centres of the resized window before an edge of the window's pixels."""
+    return int(np.ceil(edge * scale - 0.5))
 
 
 @dataclass
 class Plan:
-    """What is pasted where: each field [N, K], for the k-th paste of an image.
+    """What is pasted where: each field [N, K], for the k-th paste of an image; view [N, K, 6].
 
-    classes int64, channels; used bool; entry int64; cell int64, row-major; height, width int64, on
-    the image; mirror bool; share float, lambda.
+    classes int64, channels; used bool; entry int64; view float32, see Bank.draw_views; cell int64,
+    row-major; height, width int64, on the image; mirror bool; share float, lambda.
     """
 
     classes: torch.Tensor
     used: torch.Tensor
     entry: torch.Tensor
+    view: torch.Tensor
     cell: torch.Tensor
     height: torch.Tensor
     width: torch.Tensor
@@ -88,7 +133,7 @@ class Composite:
     """A batch with instances pasted into it.
 
     images float [N, 3, H, W]. classes int64 [N, K], channels of the pastes; weights float
-    [N, K, H, W], their shares of each pixel's soft label: the base label has the rest.
+    [N, K, H, W], their shares of each pixel's soft label: the pixel's own label has the rest.
     """
 
     images: torch.Tensor
@@ -96,138 +141,146 @@ class Composite:
     weights: torch.Tensor
 
 
-class Numbers:
-    """The random numbers of a sample's pastes, as one vector float32 [length]."""
-
-    def __init__(self, settings: PasteArgs, crop_size: int):
-        self.settings = settings
-        cells = (crop_size // cell_size(settings, crop_size)) ** 2
-        k = settings.pastes
-        self.lengths = {"classes": NUM_CLASSES + 1, "cells": cells}
-        self.lengths |= {name: k for name in ("entry", "mirror", "aspect", "share")}
-
-    def __call__(self, generator: np.random.Generator) -> torch.Tensor:
-        """Uniform numbers in [0, 1), and the shares, Beta distributed."""
-        numbers = generator.random(sum(self.lengths.values()), dtype=np.float32)
-        beta = self.settings.beta
-        numbers[-self.settings.pastes :] = generator.beta(beta, beta, self.settings.pastes)
-        return torch.from_numpy(numbers)
-
-    def split(self, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Vectors [N, length] by name."""
-        parts = numbers.split(list(self.lengths.values()), dim=1)
-        return dict(zip(self.lengths, parts, strict=True))
-
-
-def cell_size(settings: PasteArgs, crop_size: int) -> int:
-    """Side of a cell in pixels: given for a crop of 512, scaled with the crop."""
-    return max(1, settings.cell * crop_size // 512)
-
-
 class PasteAugmentation:
     """Pastes stored instances into a batch: class combination, selection, position, fusion."""
 
-    def __init__(self, settings: PasteArgs, crop_size: int, bank: Bank):
-        self.settings, self.bank = settings, bank
-        self.numbers = Numbers(settings, crop_size)
-        self.cell = cell_size(settings, crop_size)
+    def __init__(self, settings: PasteArgs, crop_size: int, bank: Bank, seed: int, views: int = VIEWS):
+        """views: how many of each entry are drawn for an epoch."""
+        self.settings, self.crop_size, self.bank, self.seed = settings, crop_size, bank, seed
+        self.number_of_views = views
+        # a cell has its size at a crop of 512, and is scaled with the crop
+        self.cell = max(1, settings.cell * crop_size // 512)
         self.grid = crop_size // self.cell
+        self.epoch, self.drawn = None, None
 
     def __call__(
         self,
         images: torch.Tensor,
         given: torch.Tensor,
         labels: torch.Tensor,
-        numbers: torch.Tensor,
+        epoch: int,
+        indices: list[int],
         replayed: torch.Tensor,
     ) -> Composite:
         """Composite of a batch.
 
-        images float [N, 3, H, W], normalised; given uint8 [N, H, W], the labels, and labels, the same
-        with pseudo labels; numbers [N, D] of Numbers; replayed bool [N], images of the memory.
+        images float [N, 3, H, W], normalised; given uint8 [N, H, W], the labels of the data set, and
+        labels, the same with pseudo labels; epoch and indices, N of them, name the samples; replayed
+        bool [N], images of the memory.
         """
-        plan = self.plan(given, labels, self.numbers.split(numbers), replayed)
-        return self.fuse(images, plan)
+        views = self.views(epoch)
+        numbers = self.random_numbers(epoch, indices)
+        return self.fuse(images, self.plan(given, labels, views, numbers, replayed))
 
-    def plan(self, given, labels, numbers, replayed) -> Plan:
+    def views(self, epoch: int) -> torch.Tensor:
+        """The views that the pastes of an epoch pick from, on the device: the same in all processes."""
+        if epoch != self.epoch:
+            seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(int(seed))
+                drawn = self.bank.draw_views(
+                    self.settings.augment, self.crop_size, self.number_of_views
+                )
+            self.epoch, self.drawn = epoch, self.to_device(drawn)
+        return self.drawn
+
+    def random_numbers(self, epoch: int, indices: list[int]) -> dict[str, torch.Tensor]:
+        """The random numbers of the samples' pastes, on the device, float32 [N, ...] by name.
+
+        classes [N, C] and cells [N, cells] are sorted by; entry, view and mirror [N, K] pick; all
+        these are uniform in [0, 1). share [N, K] is Beta distributed.
+        """
+        k, beta = self.settings.pastes, self.settings.beta
+        lengths = {"classes": len(self.bank.count), "cells": self.grid**2}
+        lengths |= {"entry": k, "view": k, "mirror": k, "share": k}
+        numbers = np.empty((len(indices), sum(lengths.values())), dtype=np.float32)
+        for row, index in zip(numbers, indices, strict=True):
+            generator = np.random.default_rng((self.seed, epoch, index, 1))  # 1: not the transform's
+            generator.random(dtype=np.float32, out=row)
+            row[-k:] = generator.beta(beta, beta, k)
+        parts = self.to_device(torch.from_numpy(numbers)).split([*lengths.values()], dim=1)
+        return dict(zip(lengths, parts, strict=True))
+
+    def to_device(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A host tensor on the bank's device; copied from pinned memory, so that nothing waits."""
+        device = self.bank.pixels.device
+        pinned = tensor.pin_memory() if device.type == "cuda" else tensor
+        return pinned.to(device, non_blocking=True)
+
+    def plan(self, given, labels, views, numbers, replayed) -> Plan:
         """Decide what is pasted where."""
+        settings, bank = self.settings, self.bank
         classes, used, fill_in = self.combine_classes(given, labels, numbers["classes"])
-        if not self.settings.on_replay:
+        if not settings.on_replay:
             used = used & ~replayed[:, None]
-        count = self.bank.count[classes]
-        pick = (numbers["entry"] * count).long().minimum((count - 1).clamp(min=0))
-        entry = self.bank.slots[classes, pick]
+
+        # a random entry of each class's list, and one of the entry's views
+        entry = bank.entries[classes, _pick(numbers["entry"], bank.count[classes])]
+        number_of_views = torch.full_like(entry, views.shape[1])
+        view = views[entry, _pick(numbers["view"], number_of_views)]
         mirror = numbers["mirror"] < 0.5
-        stretch = (4 / 3) ** (2 * numbers["aspect"] - 1)
-        if not self.settings.augment:
-            mirror, stretch = torch.zeros_like(mirror), torch.ones_like(stretch)
-        height, width = self.fit(entry, stretch)
-        used = used & (self.bank.height[entry] > 1) & (self.bank.width[entry] > 1)
-        lowest = self.settings.lambda_min
-        share = lowest + (1 - lowest) * numbers["share"]
-        if not self.settings.fusion:
-            share = torch.ones_like(share)
+        if settings.augment == "off":
+            mirror = torch.zeros_like(mirror)
+
+        # scaled to fit a cell; what is one pixel wide or high, or gone, is not pasted
+        shown = view[..., 4:]
+        used = used & (shown.round().amin(dim=2) > 1)
+        scale = self.cell / shown.amax(dim=2).clamp(min=1)
+        if settings.max_upscale is not None:
+            scale = scale.clamp(max=settings.max_upscale)
+        size = (shown * scale[..., None]).round().long().clamp(min=1, max=self.cell)
+
         cell = self.position(labels, numbers["cells"], fill_in)
-        return Plan(classes, used, entry, cell, height, width, mirror, share)
+        share = settings.lambda_min + (1 - settings.lambda_min) * numbers["share"]
+        if not settings.fusion:
+            share = torch.ones_like(share)
+        return Plan(classes, used, entry, view, cell, size[..., 0], size[..., 1], mirror, share)
 
     def combine_classes(self, given, labels, keys) -> tuple[torch.Tensor, ...]:
         """Classes to paste into each image (METHOD 5, 2): channels, used, fill_in, each [N, K].
 
-        Potential old classes come first, in random order: those in the pseudo labels, not in the
-        given labels, and stored. With fewer than two of them, random stored classes follow, others
-        first, then the same again, until there are K.
+        keys: a random number for each image and channel, float [N, C].
         """
-        k, channels = self.settings.pastes, len(self.bank.count)
-        stored = (self.bank.count > 0).expand(len(given), -1)
-        keys = keys[:, :channels]
-        if self.settings.class_combination:
-            known, pseudo = shown(given, labels, channels)
-            potential = stored & pseudo & ~known
-        else:
-            potential = torch.zeros_like(stored)
+        k, combine = self.settings.pastes, self.settings.class_combination
+        stored = (self.bank.count > 0).expand_as(keys)
+
+        # Potential old classes are in the pseudo labels and not in the given labels, and stored.
+        in_given, in_pseudo = shown(given, labels, len(self.bank.count))
+        potential = stored & in_pseudo & ~in_given & combine
+
+        # The potential classes come first, then the others that are stored, both in random order.
         group = torch.where(potential, 0, torch.where(stored, 1, 2))
         order = (group + keys.double()).argsort(dim=1)
-        found, kinds = potential.sum(dim=1), stored.sum(dim=1)
-        position = torch.arange(k, device=given.device).expand(len(given), k)
-        # positions beyond the potential classes go round all stored ones, the others first
-        turn = torch.where(position < found[:, None], position, position % kinds.clamp(min=1)[:, None])
-        classes = order.gather(1, turn)
-        fill_in = position >= found[:, None]
-        wanted = torch.where(found < min(2, k), k, found.clamp(max=k))
-        if self.settings.class_combination and self.settings.fill_in == "none":
-            wanted = found.clamp(max=k)
-        used = (position < wanted[:, None]) & (kinds > 0)[:, None]
-        if not self.settings.class_combination:
-            fill_in = torch.zeros_like(fill_in)
-        return classes, used, fill_in
 
-    def fit(self, entry, stretch) -> tuple[torch.Tensor, torch.Tensor]:
-        """Height and width, int64 [N, K], of a stretched region scaled to fit a cell."""
-        root = stretch.sqrt()
-        height, width = self.bank.height[entry] / root, self.bank.width[entry] * root
-        scale = self.cell / torch.maximum(height, width)
-        if self.settings.max_upscale is not None:
-            scale = scale.clamp(max=self.settings.max_upscale)
-        return tuple(
-            (side * scale).round().long().clamp(min=1, max=self.cell) for side in (height, width)
-        )
+        # With two potential classes or more, these alone are pasted, K at most; with fewer, random
+        # classes fill in until there are K.
+        found = potential.sum(dim=1, keepdim=True)
+        wanted = found.clamp(max=k)
+        if self.settings.fill_in != "none" or not combine:
+            wanted = torch.where(found < min(2, k), k, wanted)
+
+        # The n-th paste is of the n-th class in that order. Where fewer classes are stored than are
+        # wanted, the order starts again.
+        nth, kinds = torch.arange(k, device=keys.device), stored.sum(dim=1, keepdim=True)
+        classes = order.gather(1, nth % kinds.clamp(min=1))
+        return classes, (nth < wanted) & (kinds > 0), (nth >= found) & combine
 
     def position(self, labels, keys, fill_in) -> torch.Tensor:
-        """Cell of each paste, int64 [N, K] (METHOD 5, 4).
+        """Cell of each paste, int64 [N, K], row-major (METHOD 5, 4).
 
-        Cells are ranked by their background pixels (void counts as such), ties in raster order. The
-        k-th potential class has the k-th cell; fill-ins have the best one, or the next ones.
+        keys: a random number for each image and cell, float [N, cells].
         """
-        k, cells = self.settings.pastes, self.grid**2
+        side = self.grid * self.cell
         if self.settings.position:
-            empty = (labels == 0) | (labels == VOID)
-            side = self.grid * self.cell
-            empty = empty[:, :side, :side].unflatten(1, (self.grid, self.cell))
-            empty = empty.unflatten(3, (self.grid, self.cell)).sum(dim=(2, 4)).flatten(1)
-            ranked = empty.argsort(dim=1, descending=True, stable=True)
+            # cells ranked by their background pixels, void among them, ties in raster order
+            empty = ((labels == 0) | (labels == VOID))[:, None, :side, :side]
+            background = self.cells(empty).sum(dim=(3, 4, 5)).flatten(1)
+            ranked = background.argsort(dim=1, descending=True, stable=True)
         else:
             ranked = keys.argsort(dim=1)
-        rank = torch.arange(k, device=labels.device).expand(len(labels), k) % cells
+        # the k-th class goes to the k-th cell, fill-ins all to the best one or to the next ones
+        rank = torch.arange(self.settings.pastes, device=labels.device) % self.grid**2
+        rank = rank.expand_as(fill_in)
         if self.settings.position and self.settings.fill_in == "best":
             rank = torch.where(fill_in, 0, rank)
         return ranked.gather(1, rank)
@@ -269,16 +322,17 @@ class PasteAugmentation:
         [N, cell, cell], nearest; pixel centres as in torch.nn.functional.interpolate.
         """
         entry, bank = plan.entry[:, i], self.bank
+        top, left, box_height, box_width = plan.view[:, i, :4].long().unsqueeze(-1).unbind(1)
         height, width = plan.height[:, i, None], plan.width[:, i, None]
         target = torch.arange(self.cell, device=entry.device).expand(len(entry), -1)
         inside = ((target < height) & plan.used[:, i, None])[:, :, None] & (target < width)[:, None]
         column = torch.where(plan.mirror[:, i, None], width - 1 - target, target).clamp(min=0)
-        y0, y1, fy = _neighbours(target, bank.height[entry, None], height)
-        x0, x1, fx = _neighbours(column, bank.width[entry, None], width)
+        y0, y1, fy = _neighbours(target, box_height, height)
+        x0, x1, fx = _neighbours(column, box_width, width)
+        start, stride = bank.start[entry, None], bank.stride[entry, None]
 
         def at(y, x):
-            row = bank.start[entry, None] + y * bank.width[entry, None]
-            return row[:, :, None] + x[:, None, :]
+            return (start + (top + y) * stride)[:, :, None] + (left + x)[:, None, :]
 
         def pixels(y, x):
             return F.embedding(at(y, x), bank.pixels)
@@ -288,7 +342,12 @@ class PasteAugmentation:
         lower = torch.lerp(pixels(y1, x0), pixels(y1, x1), along)
         colour = torch.lerp(upper, lower, fy[:, :, None, None]).permute(0, 3, 1, 2)
         nearest = at(torch.where(fy < 0.5, y0, y1), torch.where(fx < 0.5, x0, x1))
-        return colour, inside & bank.mask[nearest]
+        return colour, inside & bank.of_class[nearest]
+
+
+def _pick(number, count):
+    """Index below count, int64, from uniform numbers in [0, 1); 0 where there is nothing to pick."""
+    return (number * count).long().minimum(count - 1).clamp(min=0)
 
 
 def _neighbours(target, size, scaled_size):
@@ -299,8 +358,9 @@ def _neighbours(target, size, scaled_size):
     """
     centre = (target.float() + 0.5) * (size.float() / scaled_size.float())
     below = (centre - 0.5).clamp(min=0)
-    first = below.long().minimum(size - 1)
-    return first, (first + 1).minimum(size - 1), below - first
+    last = (size - 1).clamp(min=0)
+    first = below.long().minimum(last)
+    return first, (first + 1).minimum(last), below - first
 
 
 def shown(given: torch.Tensor, labels: torch.Tensor, channels: int) -> tuple[torch.Tensor, ...]:

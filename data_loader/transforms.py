@@ -23,8 +23,12 @@ class TrainTransform:
         self.size = [crop_size, crop_size]
         self.crop = v2.RandomResizedCrop(crop_size, scale=(0.5, 2.0))
 
+    def window(self, height: int, width: int) -> dict[str, int]:
+        """The part of an image of that size that is shown: top, left, height, width in its pixels."""
+        return self.crop.make_params([torch.empty((1, height, width), device="meta")])
+
     def __call__(self, image: torch.Tensor, label: torch.Tensor) -> Pair:
-        box = self.crop.make_params([image])
+        box = self.window(*image.shape[-2:])
         image = F.resized_crop(image, **box, size=self.size, interpolation=BILINEAR, antialias=True)
         label = F.resized_crop(label[None], **box, size=self.size, interpolation=NEAREST)[0]
         if torch.rand(()) < 0.5:

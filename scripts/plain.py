@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2.functional import resized_crop
 
 from utils.visualize import VOID
 
@@ -64,12 +66,22 @@ def plain_distillation(logits, teacher, base, covered, mode, region="all"):
 
 
 @dataclass
+class Place:
+    """Where a stored crop was: its upper left corner on a canvas (height, width)."""
+
+    top: int
+    left: int
+    canvas: tuple[int, int]
+
+
+@dataclass
 class Stored:
     """Instances as a loaded memory holds them: crops [h, w, 3], labels [h, w], class of the list."""
 
     images: list[np.ndarray]
     labels: list[np.ndarray]
     drawn_for: list[int]
+    entries: list[Place]
 
     def __len__(self) -> int:
         return len(self.images)
@@ -115,11 +127,13 @@ def _scores(labels, teacher):
                 yield n, y, x, scores[n, :, y, x].tolist()
 
 
-def plain_paste(settings, crop, memory, channels, total, images, given, labels, numbers, replayed):
+def plain_paste(
+    settings, crop, memory, channels, total, images, given, labels, views, numbers, replayed
+):
     """A Pasted for each image of a batch.
 
-    channels: background and old classes; total: those and the new ones; numbers: what
-    `Numbers.split` returns.
+    channels: background and old classes; total: those and the new ones; views and numbers: what
+    PasteAugmentation.views and random_numbers return.
     """
     return [
         _paste_into(
@@ -131,6 +145,7 @@ def plain_paste(settings, crop, memory, channels, total, images, given, labels, 
             images[n],
             given[n],
             labels[n],
+            views.numpy(),
             {name: values[n].numpy() for name, values in numbers.items()},
             bool(replayed[n]),
         )
@@ -138,7 +153,9 @@ def plain_paste(settings, crop, memory, channels, total, images, given, labels, 
     ]
 
 
-def _paste_into(settings, crop, memory, channels, total, image, given, labels, numbers, replayed):
+def _paste_into(
+    settings, crop, memory, channels, total, image, given, labels, views, numbers, replayed
+):
     image = image.clone()
     soft = torch.stack([labels == c for c in range(total)]).double()
     result = Pasted(image, soft, [])
@@ -150,13 +167,17 @@ def _paste_into(settings, crop, memory, channels, total, image, given, labels, n
     ranked = rank_cells(settings, crop // cell, cell, labels, numbers["cells"])
     for k, (c, added) in enumerate(chosen):
         entries = [i for i, drawn_for in enumerate(memory.drawn_for) if drawn_for == c]
-        pick = min(int(np.float32(numbers["entry"][k] * len(entries))), len(entries) - 1)
-        colour, mask = region_of(memory, entries[pick])
-        if min(mask.shape) == 1:
+        entry = entries[_picked(numbers["entry"][k], len(entries))]
+        view = views[entry, _picked(numbers["view"][k], views.shape[1])]
+        top, left, height, width = view[:4].astype(int)
+        shown = view[4:]
+        if min(np.round(shown)) <= 1:
             continue
-        height, width = fitted(settings, cell, mask.shape, numbers["aspect"][k])
-        mirrored = settings.augment and numbers["mirror"][k] < 0.5
-        colour, mask = resampled(colour, mask, height, width, mirrored)
+        colour, mask = region_of(memory, entry)
+        box = np.s_[top : top + height, left : left + width]
+        height, width = fitted(settings, cell, shown)
+        mirrored = settings.augment != "off" and numbers["mirror"][k] < 0.5
+        colour, mask = resampled(colour[(slice(None), *box)], mask[box], height, width, mirrored)
         share = settings.lambda_min + (1 - settings.lambda_min) * float(numbers["share"][k])
         if not settings.fusion:
             share = 1.0
@@ -174,6 +195,11 @@ def _paste_into(settings, crop, memory, channels, total, image, given, labels, n
         result.soft[:, whole] = (share * one_hot + (1 - share) * result.soft)[:, whole]
         result.pastes.append((c, share, whole))
     return result
+
+
+def _picked(number, count):
+    """Index below count from a uniform number, in float32 arithmetic."""
+    return min(int(np.float32(number) * np.float32(count)), count - 1)
 
 
 def choose_classes(settings, memory, channels, given, labels, keys):
@@ -219,15 +245,12 @@ def region_of(memory, i):
     return torch.from_numpy(colour).permute(2, 0, 1), torch.from_numpy(mask)
 
 
-def fitted(settings, cell, shape, aspect):
-    """Height and width of a stretched region that is scaled to fit a cell, in float32 arithmetic."""
-    stretch = np.float32((torch.tensor(4 / 3) ** torch.tensor(2 * aspect - np.float32(1))).item())
-    root = np.sqrt(stretch) if settings.augment else np.float32(1)
-    height, width = np.float32(shape[0]) / root, np.float32(shape[1]) * root
-    scale = np.float32(cell) / max(height, width)
+def fitted(settings, cell, shown):
+    """Height and width of a region of that size that is scaled to fit a cell, in float32 arithmetic."""
+    scale = np.float32(cell) / max(shown)
     if settings.max_upscale is not None:
         scale = min(scale, np.float32(settings.max_upscale))
-    return tuple(min(max(int(np.round(side * scale)), 1), cell) for side in (height, width))
+    return tuple(min(max(int(np.round(side * scale)), 1), cell) for side in shown)
 
 
 def resampled(colour, mask, height, width, mirrored):
@@ -239,3 +262,20 @@ def resampled(colour, mask, height, width, mirrored):
         colour, mask = colour.flip(2), mask.flip(1)
     mean, std = (torch.tensor(t).view(3, 1, 1) * 255 for t in (IMAGENET_MEAN, IMAGENET_STD))
     return (colour - mean) / std, mask
+
+
+def plain_view(image, label, c, window, crop):
+    """What the training transform leaves of class c of an image, cut out afterwards as in the release.
+
+    image uint8 [3, H, W], label uint8 [H, W], window (top, left, height, width). Returns colour uint8
+    [3, h, w] and mask bool [h, w], the box around the class in the crop; None where it is gone.
+    """
+    size = [crop, crop]
+    nearest = InterpolationMode.NEAREST_EXACT
+    image = resized_crop(image, *window, size, InterpolationMode.BILINEAR, antialias=True)
+    mask = resized_crop(label[None], *window, size, nearest)[0] == c
+    if not mask.any():
+        return None
+    rows, columns = mask.any(dim=1).nonzero()[:, 0], mask.any(dim=0).nonzero()[:, 0]
+    box = np.s_[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+    return image[(slice(None), *box)], mask[box]

@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs.options import parse_train
 from data_loader.data_loaders import StepData
 from data_loader.dataset import MEAN, STD
 from trainer.incremental import IncrementalStep
 from trainer.pseudo_labels import pseudo_labels
 from trainer.run import previous_checkpoint
-from configs.options import parse_train
 from utils.distributed import launch
 from utils.errors import UserError
 from utils.visualize import sheet, voc_palette

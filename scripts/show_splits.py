@@ -7,10 +7,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.options import DataArgs
 from data_loader.data_loaders import cores
 from data_loader.tasks import CLASS_NAMES, SETTINGS, Task, get_task
 from data_loader.voc import VOC2012
-from configs.options import DataArgs
 from utils.errors import UserError, exit_with
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}  # split -> the list it is chosen from

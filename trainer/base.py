@@ -37,15 +37,17 @@ from utils.visualize import VOID
 class Batch:
     """A (micro-)batch on the device.
 
-    images float [N, 3, H, W], normalised; labels uint8 [N, H, W], channels and 255; numbers float
-    [N, D] for pastes, or None; replayed bool [N], the images of the memory; valid: the pixels of the
-    whole batch that are not void, over all its micro-batches and processes: losses are divided by it.
+    images float [N, 3, H, W], normalised; labels uint8 [N, H, W], channels and 255; replayed bool [N],
+    the images of the memory; epoch and indices [N], on the host, name the samples; valid: the pixels of
+    the whole batch that are not void, over all its micro-batches and processes: losses are divided by
+    it.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
-    numbers: torch.Tensor | None
     replayed: torch.Tensor
+    epoch: int
+    indices: list[int]
     valid: torch.Tensor
 
 
@@ -196,15 +198,20 @@ class Trainer:
 
     def to_device(self, raw: dict) -> list[Batch]:
         """A loader's batch as micro-batches on the device, without waiting for it."""
-        move = {key: raw[key].to(self.device, non_blocking=True) for key in raw if key != "id"}
-        valid = all_sum((move["label"] != VOID).sum()).clamp(min=1)
-        dtype = next(self.model.parameters()).dtype
-        images = normalize(move["image"], move["label"], move["alone"]).to(dtype)
+        image, label, replayed, alone = (
+            raw[key].to(self.device, non_blocking=True)
+            for key in ("image", "label", "replayed", "alone")
+        )
+        valid = all_sum((label != VOID).sum()).clamp(min=1)
+        image = normalize(image, label, alone).to(next(self.model.parameters()).dtype)
         # every process makes as many micro-batches, since each of them is a meeting of all processes
         pieces = min(self.config.trainer.accumulate, *self.batches.sizes())
-        columns = (images, move["label"], move.get("numbers"), move["replayed"])
-        split = [c.tensor_split(pieces) if c is not None else [None] * pieces for c in columns]
-        return [Batch(*piece, valid) for piece in zip(*split, strict=True)]
+        columns = (t.tensor_split(pieces) for t in (image, label, replayed, raw["index"]))
+        epoch = int(raw["epoch"][0])
+        return [
+            Batch(image, label, replayed, epoch, index.tolist(), valid)
+            for image, label, replayed, index in zip(*columns, strict=True)
+        ]
 
     def autocast(self) -> torch.autocast:
         """Mixed precision for the networks, where the configuration and the device have it."""

@@ -47,11 +47,11 @@ class IncrementalStep(Trainer):
         memory = self.data.memory(self.folder / "memory", self.previous.parent / "memory")
         self.paste = None
         if memory and self.config.data.memory.replay == "eir":
-            bank = Bank.pack(memory, 1 + sum(self.teacher.classes), self.device)
+            bank = Bank(memory, 1 + sum(self.teacher.classes), self.device)
             crop_size = self.config.data.train.args.transform_args.crop_size
-            self.paste = PasteAugmentation(self.config.hyperparameter.paste, crop_size, bank)
-        draw = self.paste.numbers if self.paste else None
-        return TrainDataset(self.data.training(), memory, self.config.seed, draw)
+            settings, seed = self.config.hyperparameter.paste, self.config.seed
+            self.paste = PasteAugmentation(settings, crop_size, bank, seed)
+        return TrainDataset(self.data.training(), memory, self.config.seed)
 
     def parameter_groups(self) -> list[dict]:
         """As at step 0, but with weight decay on the new classifier only."""
@@ -114,7 +114,9 @@ class IncrementalStep(Trainer):
     def compose(self, batch: Batch, labels: torch.Tensor) -> Composite:
         """The batch with instances pasted into it, or as it is."""
         if self.paste:
-            return self.paste(batch.images, batch.labels, labels, batch.numbers, batch.replayed)
+            return self.paste(
+                batch.images, batch.labels, labels, batch.epoch, batch.indices, batch.replayed
+            )
         n, h, w = labels.shape
         classes = torch.zeros(n, 0, dtype=torch.int64, device=labels.device)
         return Composite(batch.images, classes, torch.zeros(n, 0, h, w, device=labels.device))

@@ -35,6 +35,7 @@ def option(
     switch: bool = False,
     bare: bool = False,
     incidental: bool = False,
+    old: dict[bool, Any] | None = None,
 ) -> Any:
     """A dataclass field that is an option.
 
@@ -44,11 +45,12 @@ def option(
     the greatest number. complain: returns what is wrong with a value, or None.
     switch: a bool whose flag takes no value and means true. bare: the flag may stand without a value,
     which then means None. incidental: another value does not make another experiment.
+    old: what true and false mean in configuration files of former versions, where it was a bool.
     """
     flags = (flag,) if isinstance(flag, str) else flag
     metadata = dict(
         help=help, flags=flags, choices=choices, low=low, high=high, complain=complain,
-        switch=switch, bare=bare, incidental=incidental,
+        switch=switch, bare=bare, incidental=incidental, old=old or {},
     )  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -70,10 +72,12 @@ class Option:
     metadata: dict[str, Any]
 
     def checked(self, value: Any, name: str) -> Any:
-        """The value in the option's type. UserError if it is not allowed; `name` is what it is called."""
+        """The value in the option's type; UserError where it is not allowed, calling it `name`."""
         told = self.metadata
         if value is None and self.optional:
             return None
+        if isinstance(value, bool) and value in told["old"]:
+            return told["old"][value]
         if self.kind is float and type(value) is int:
             value = _as_float(value, name)
         if type(value) is not self.kind:
