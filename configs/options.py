@@ -79,7 +79,10 @@ class ArchArgs:
         "--backbone_weights",
     )
     freeze_all_bn: bool = option(
-        False, "batch normalisation frozen, dropout off", "--freeze_bn", switch=True
+        False,
+        "batch normalisation frozen; dropout is off at steps >= 1 anyway",
+        "--freeze_bn",
+        switch=True,
     )
 
 
@@ -251,10 +254,10 @@ class Hyperparameter:
         "rskd", "distillation", "--kd_mode", choices=("none", "plain", "unbiased", "rskd")
     )
     rskd_region: str = option(
-        "all",
-        "pixels distilled on; new: of new classes, without an instance",
+        "new",
+        "pixels distilled on; new: of the new classes, as in the paper; all: all that are not void",
         "--rskd_region",
-        choices=("all", "new"),
+        choices=("new", "all"),
     )
     paste: PasteArgs = section(PasteArgs)
 

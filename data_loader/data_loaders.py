@@ -115,15 +115,11 @@ class StepData:
     def class_names(self) -> list[str]:
         return self.task.class_names(self.step)
 
-    def groups(self, split: str) -> tuple[list[int], list[int]]:
-        """Channels reported as old and as new.
-
-        Test: background and step 0; later steps. Val: background; the classes of this step.
-        """
-        first = [0, *self.task.channels(0)]
-        if split == "val":
-            return [0], self.task.channels(self.step)
-        return first, list(range(len(first), 1 + sum(self.classes)))
+    @property
+    def groups(self) -> tuple[list[int], list[int]]:
+        """Channels reported as old (background and the classes of step 0) and as new (all others)."""
+        first = 1 + self.classes[0]
+        return list(range(first)), list(range(first, 1 + sum(self.classes)))
 
     def select(self, split: str, step: int | None = None) -> np.ndarray:
         """Indices, into the list, of the images of a split (train, val, test)."""

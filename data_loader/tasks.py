@@ -75,10 +75,9 @@ class Task:
         return [CLASS_NAMES[c] for c in (0, *self.seen(step))]
 
     def visible(self, step: int, split: str) -> tuple[int, ...]:
-        """Classes whose labels are shown: C^t, or C^0..C^t for test and in setting sequential."""
-        if split == "test" or (split == "train" and self.setting == "sequential"):
-            return self.seen(step)
-        return self.steps[step]
+        """Classes whose labels are shown: C^0..C^t, but C^t alone in training (not in sequential)."""
+        hides = split == "train" and self.setting != "sequential"
+        return self.steps[step] if hides else self.seen(step)
 
     def label_table(self, visible: tuple[int, ...], hidden: int = 0) -> np.ndarray:
         """Table uint8 [256] from VOC labels to channels.

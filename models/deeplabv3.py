@@ -78,14 +78,16 @@ def predict(logits: torch.Tensor, score: float = 0.5) -> torch.Tensor:
 
 
 def freeze_bn(model: nn.Module) -> None:
-    """Batch normalisation in evaluation mode and without gradients, dropout off.
-
-    To be called again after every model.train().
-    """
+    """Batch normalisation in evaluation mode and without gradients; again after every model.train()."""
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval().requires_grad_(False)
-        elif isinstance(module, nn.Dropout):
+
+
+def stop_dropout(model: nn.Module) -> None:
+    """Dropout off; to be called again after every model.train()."""
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
 
 

@@ -60,18 +60,23 @@ def distillation_sum(
     given: torch.Tensor,
     covered: torch.Tensor,
     mode: str = "rskd",
-    region: str = "all",
+    region: str = "new",
 ) -> torch.Tensor:
-    """Distillation of one image, summed over non-void pixels (METHOD 5, L_rskd).
+    """Distillation of one image, summed over pixels that are not void (METHOD 5, L_rskd).
 
     logits [C, H, W] of the student, teacher [S, H, W]: channels S..C-1 are the new classes.
     given: uint8 [H, W], the labels of the data set, without pseudo labels. covered: bool [H, W], where
-    an instance was pasted.
+    an instance was pasted. Returns a scalar.
+
     The cost of a pixel is -(1/S) sum_c p_teacher(c) log q(c), with p and q from the softmax over all
-    channels and q(c) = p_student(c) for old classes. q(background) is, by mode:
-    plain: p_student(background); unbiased: that plus the new classes; rskd: as plain, but on new
-    pixels the new classes alone, or where an instance covers them, as unbiased.
-    region "new" counts only new pixels that no instance covers.
+    channels and q(c) = p_student(c) for old classes. q(background) and the pixels depend on the mode:
+    plain: p_student(background), all pixels.
+    unbiased: p_student(background) plus that of the new classes, all pixels.
+    rskd: on pixels given to a new class, p_student of the new classes. With region new these are the
+        only ones, with an instance on them or not (the paper's configuration: the formula of the
+        release's RSKnowledgeDistillationLoss, on the mask that it assigns first). With region all the
+        other pixels count as in plain, and those of a new class under an instance as in unbiased,
+        since both are there in part.
     """
     old = teacher.shape[0]
     valid = given != VOID
@@ -83,10 +88,12 @@ def distillation_sum(
     if mode == "unbiased":
         background = both
     elif mode == "rskd":
-        background = torch.where(is_new, torch.where(covered, both, new), background)
+        if region == "all":
+            new = torch.where(covered, both, new)
+        background = torch.where(is_new, new, background)
     p = teacher.softmax(dim=0)
     expected = p[0] * background + (p[1:] * known).sum(dim=0)
-    counted = is_new & ~covered if region == "new" else valid
+    counted = is_new if (mode, region) == ("rskd", "new") else valid
     return ((normalizer - expected) * counted).sum() / old
 
 

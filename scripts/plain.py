@@ -44,24 +44,25 @@ def plain_auxiliary(logits, base):
     return (cost * (base != VOID)).sum(dim=(1, 2))
 
 
-def plain_distillation(logits, teacher, base, covered, mode, region="all"):
+def plain_distillation(logits, teacher, given, covered, mode, region="new"):
     """Distillation per image [N], by probabilities; logits [N, C, H, W], teacher [N, S, H, W]."""
     old = teacher.shape[1]
     p_student, p_teacher = logits.softmax(dim=1), teacher.softmax(dim=1)
     background = p_student[:, 0]
     new = p_student[:, old:].sum(dim=1)
-    shows_new = torch.zeros_like(base, dtype=torch.bool)
+    is_new = torch.zeros_like(given, dtype=torch.bool)
     for c in range(old, logits.shape[1]):
-        shows_new |= base == c
-    new_region, both_true = shows_new & ~covered, shows_new & covered
+        is_new |= given == c
     if mode == "unbiased":
         background = background + new
+    elif mode == "rskd" and region == "new":
+        background = torch.where(is_new, new, background)
     elif mode == "rskd":
-        elsewhere = background * (~shows_new)
-        background = elsewhere + new * new_region + (background + new) * both_true
+        alone, both_true = is_new & ~covered, is_new & covered
+        background = background * ~is_new + new * alone + (background + new) * both_true
     q = torch.cat([background[:, None], p_student[:, 1:old]], dim=1)
     cost = -(p_teacher * q.log()).sum(dim=1) / old
-    counted = new_region if region == "new" else base != VOID
+    counted = is_new if (mode, region) == ("rskd", "new") else given != VOID
     return torch.where(counted, cost, 0).sum(dim=(1, 2))
 
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from utils.arguments import parse_eval, parse_train
 
 from data_loader import voc
 from scripts.make_synthetic_voc import make_synthetic_voc
 from trainer.run import evaluate_checkpoint, train
-from utils.arguments import parse_eval, parse_train
 from utils.distributed import launch
 
 torch.set_num_threads(1)  # more threads slow small networks down where cores are shared

@@ -14,7 +14,7 @@ import torch
 from configs.options import Config
 from data_loader.data_loaders import StepData, TrainBatches, make_loader
 from data_loader.dataset import TrainDataset, normalize
-from models.deeplabv3 import DeepLabV3, freeze_bn
+from models.deeplabv3 import DeepLabV3, freeze_bn, stop_dropout
 from trainer import output
 from trainer.evaluate import evaluate
 from trainer.meter import Meter
@@ -166,6 +166,8 @@ class Trainer:
         self.model.train()
         if self.config.arch.args.freeze_all_bn:
             freeze_bn(self.model)
+        if self.data.step:
+            stop_dropout(self.model)
         title = f"step {self.data.step}, epoch {self.epoch + 1}/{settings.epochs}"
         shown = settings.verbosity == 2
         with Meter(title, len(self.batches), self.device, settings.log_interval, shown) as meter:

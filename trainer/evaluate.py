@@ -42,4 +42,4 @@ def evaluate(
 ) -> dict:
     """Metrics of a split (utils.metrics.compute_metrics), equal in every process."""
     counts = confusion_matrix(model, data, split, device, score)
-    return compute_metrics(counts, data.class_names, *data.groups(split))
+    return compute_metrics(counts, data.class_names, *data.groups)

@@ -192,7 +192,7 @@ def finish(trainer: "Trainer") -> None:
     metrics = evaluate(trainer.model, trainer.data, "test", trainer.device)
     if rank() == 0:
         write_json(folder / "metrics.json", metrics)
-    log.info("\n" + format_table(metrics, *trainer.data.groups("test")))
+    log.info("\n" + format_table(metrics, *trainer.data.groups))
     log.info(f"\ncheckpoint  {_numbered(trainer)}")
     log.info(f"metrics     {folder / 'metrics.json'}")
     log.info(f"log         {trainer.config.step_dir(kind='log')}")

@@ -62,7 +62,7 @@ def _evaluate(config, path, score=0.5):
     load_weights(model, checkpoint["state_dict"], path)
     model.to(device(), memory_format=torch.channels_last)
     metrics = evaluate(model, data, "test", device(), score)
-    log.info(format_table(metrics, *data.groups("test")))
+    log.info(format_table(metrics, *data.groups))
     return metrics
 
 

@@ -570,12 +570,13 @@ class TestViews:
         torch.manual_seed(2)
         bank = Bank(BLOBS["large"], 2, CPU)
         views = bank.draw_views("stretch", 48, 2000)[0]
-        assert (views[:, :4] == torch.tensor([0, 0, 50, 60])).all()
-        ratio = views[:, 5] / views[:, 4] / (60 / 50)
+        height, width = bank.masks[0].shape
+        assert (views[:, :4] == torch.tensor([0, 0, height, width])).all()
+        ratio = views[:, 5] / views[:, 4] / (width / height)
         assert 0.75 <= ratio.min() < 0.76 and 1.32 < ratio.max() <= 4 / 3 + 1e-6
         assert abs(ratio.log().mean()) < 0.02
-        assert torch.allclose(views[:, 4] * views[:, 5], torch.tensor(3000.0))
-        assert bank.draw_views("off", 48, 2000).tolist() == [[[0, 0, 50, 60, 50, 60]]]
+        assert torch.allclose(views[:, 4] * views[:, 5], torch.tensor(float(height * width)))
+        assert bank.draw_views("off", 48, 2000).tolist() == [[[0, 0, height, width, height, width]]]
 
     def test_seed_and_epoch_decide_and_the_global_generator_is_left_alone(self):
         def views(seed, epoch):
