@@ -1,33 +1,92 @@
-"""results.csv: what the folders of runs say about each finished step, a row each."""
+"""Results: the rows of results.csv, the runs that a results.csv compares, and published numbers.
+
+run_experiments.py writes results.csv, a row for each finished step of each run; report.py shows it.
+"""
 
 import csv
 import functools
 import io
 import json
+import math
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 
-from data_loader.tasks import CLASS_NAMES, Task
+import numpy as np
+
+from data_loader.tasks import CLASS_NAMES, Task, check_step, get_task
 from data_loader.voc import VOC2012
 from utils.checkpoint import write_atomically
 from utils.config import Config
 from utils.errors import UserError
 from utils.metrics import harmonic_mean
 
-GROUPS = ("old", "new", "all", "hIoU")
-COLUMNS = (
-    "method", "task", "setting", "seed", "step", "val_images", *GROUPS,
-    "seconds", "peak_mib", "memory_entries", "memory_bytes", *CLASS_NAMES,
+# The means of the IoU: what metrics.json calls them, and the columns and tables.
+GROUPS = {"old": "old", "new": "new", "overall": "all", "harmonic": "hIoU"}
+
+# The columns of results.csv, by what their cells hold. A number that is not known is an empty cell.
+TEXTS = ("method", "task", "setting")
+INTEGERS = ("seed", "step", "val_images")
+NUMBERS = (
+    *GROUPS.values(), "seconds", "peak_mib", "memory_entries", "memory_bytes", *CLASS_NAMES,
 )  # fmt: skip
+COLUMNS = (*TEXTS, *INTEGERS, *NUMBERS)
+
+# Published results on VOC 2012 in the setting overlap, in percent: by task and method, the hIoU and the
+# mean IoU of all classes after the last step.
+PUBLISHED = {
+    "19-1": {"DKD": (56.95, 76.13), "DKD-M": (68.14, 77.04)},
+    "15-5": {"DKD": (67.17, 73.95), "DKD-M": (68.96, 74.84)},
+    "15-1": {"DKD": (57.46, 70.50), "DKD-M": (64.09, 72.95)},
+    "10-1": {"DKD": (57.21, 60.43), "DKD-M": (64.89, 66.20)},
+    "5-3": {"DKD": (61.32, 58.98), "DKD-M": (65.02, 63.32)},
+}
+PUBLISHED_VAL_IMAGES = 1449
+SOURCE = (
+    'published: by the DKD project, "Decomposed Knowledge Distillation for Class-Incremental Semantic '
+    'Segmentation", NeurIPS 2022, overlap setting; hIoU and mean IoU of all classes'
+)
+
+
+def published(task: Task, images: int | None) -> dict[str, tuple[float, float]]:
+    """Published hIoU and mean IoU of all classes after the last step, in percent, by method.
+
+    images: number of images that the results to compare with were validated on, None if it varies.
+    Empty for other tasks and settings than those published, and for another number of images than
+    VOC 2012 has.
+    """
+    comparable = task.setting == "overlap" and images == PUBLISHED_VAL_IMAGES
+    return PUBLISHED.get(task.name, {}) if comparable else {}
+
+
+@functools.cache
+def val_images(root: str) -> int:
+    """Number of validation images in a data root; UserError if there are none.
+
+    Read once for each root, since reading the list looks for all its files.
+    """
+    return len(VOC2012(root).read_list("val").ids)
+
+
+def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
+    """Means of the IoU over groups of the classes seen at a step, by the columns' names.
+
+    iou: by class. old is the mean over background and the classes of step 0, new over those of later
+    steps, all over both; hIoU is the harmonic mean of old and new. At step 0 new and hIoU are None.
+    """
+    values = [iou[name] for name in task.class_names(step)]
+    first = 1 + len(task.steps[0])
+    old, new = mean(values[:first]), mean(values[first:]) if step else None
+    return {"old": old, "new": new, "all": mean(values), "hIoU": harmonic_mean(old, new)}
 
 
 def row(method: str, task: Task, seed: int, config: Config) -> dict:
-    """One finished step as a row of results.csv.
+    """One finished step as a row of results.csv; what its folder does not tell is left out.
 
-    Joint training gives a row of the task's last step, its classes grouped as that step groups them.
+    config: of the step. Joint training, which learns all classes in one step, gives a row of the
+    last step of `task`, its classes grouped as that step groups them. UserError for damaged records.
     """
-    joint = config.task.name == "joint"
-    step = len(task.steps) - 1 if joint else config.task.step
+    step = len(task.steps) - 1 if config.task.name == "joint" else config.task.step
     folder = config.step_dir()
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
     iou = metrics["Mean_Intersection_over_Union"]["by_class"]
@@ -37,29 +96,12 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         "setting": task.setting,
         "seed": seed,
         "step": step,
-        "val_images": _val_images(config.data.data_root),
+        "val_images": val_images(config.data.data_root),
         **group_means(iou, task, step),
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
         **iou,
     }
-
-
-@functools.cache
-def _val_images(root):
-    """Number of validation images: read once, since reading the list looks for its files."""
-    return len(VOC2012(root).read_list("val").ids)
-
-
-def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
-    """Means of class IoUs: old (background and step 0), new, all, and old and new's harmonic mean."""
-    names = task.class_names(step)
-    first = 1 + len(task.steps[0])
-    old, new = mean(iou[n] for n in names[:first]), None
-    if step:
-        new = mean(iou[n] for n in names[first:])
-    overall = mean(iou[n] for n in names)
-    return {"old": old, "new": new, "all": overall, "hIoU": harmonic_mean(old, new)}
 
 
 def _cost(path):
@@ -85,9 +127,131 @@ def _memory(folder):
 
 
 def write_results(path: Path, rows: list[dict]) -> None:
-    """Write results.csv, whole or not at all."""
+    """Write results.csv, whole or not at all. What a row lacks, or has as None, is an empty cell."""
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The runs of one task and setting, in the order of results.csv.
+
+    runs: method -> seeds -> steps -> row. Only runs that reached the last step are here, and they have
+        all steps; a method that learns all classes at once (joint) has only the last.
+    unfinished: the other runs, in words.
+    val_images: number of validation images; None if it differs between rows.
+    """
+
+    task: Task
+    runs: dict[str, list[list[dict]]]
+    unfinished: list[str]
+    val_images: int | None
+
+    @property
+    def last(self) -> int:
+        """The last step."""
+        return len(self.task.steps) - 1
+
+    @property
+    def incremental(self) -> list[str]:
+        """Methods that learn step by step."""
+        return [method for method, seeds in self.runs.items() if len(seeds[0]) > 1]
+
+    def values(self, method: str, column: str) -> np.ndarray:
+        """A column of numbers: float64 [seeds, steps], NaN where the cell is empty."""
+        return np.array([[row[column] for row in steps] for steps in self.runs[method]])
+
+    def class_iou(self, method: str, step: int) -> np.ndarray:
+        """IoU of background and the classes seen at a step, in learning order.
+
+        Returns float64 [seeds, steps, classes], NaN before a class is learned.
+        """
+        names = self.task.class_names(step)
+        return np.stack([self.values(method, name) for name in names], axis=-1)
+
+    def forgetting(self, method: str) -> np.ndarray:
+        """Best IoU over the steps minus that of the last step: float64 [seeds, classes].
+
+        The classes are those learned before the last step, in learning order, without background.
+        method: one of `incremental`.
+        """
+        iou = self.class_iou(method, self.last - 1)[:, :, 1:]
+        return np.fmax.reduce(iou, axis=1) - iou[:, -1]
+
+
+def _number(text):
+    """The number in a cell, NaN for an empty one; ValueError if it is no number or not finite."""
+    number = float(text) if text else math.nan
+    if text and not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+def _read_row(place, cells):
+    """A row with its cells as texts, integers and numbers."""
+    if None in cells or None in cells.values():
+        raise UserError(f"{place} has more or fewer cells than the header")
+    row = {column: cells[column] for column in TEXTS}
+    for column in (*INTEGERS, *NUMBERS):
+        try:
+            row[column] = int(cells[column]) if column in INTEGERS else _number(cells[column])
+        except ValueError:
+            kind = "an integer" if column in INTEGERS else "a number"
+            message = f"{place}, column {column}: {cells[column]!r} is not {kind}"
+            raise UserError(message) from None
+    return row
+
+
+def _read_rows(path):
+    """The rows of a results.csv, each with its file and line as text for error messages."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+            if reader.fieldnames and missing:
+                raise UserError(f"{path} lacks the columns {', '.join(missing)}")
+            rows = []
+            for cells in reader:
+                place = f"{path}, line {reader.line_num}"
+                rows.append((place, _read_row(place, cells)))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    if not rows:
+        raise UserError(f"{path} is empty: it has no row of results")
+    return rows
+
+
+def _compare(task, methods):
+    """The comparison of a task. methods: method -> seed -> step -> row."""
+    total = len(task.steps)
+    runs, unfinished, images = {}, [], set()
+    for method, seeds in methods.items():
+        at_once = all(list(steps) == [total - 1] for steps in seeds.values())
+        needed = [total - 1] if at_once else range(total)
+        for seed, steps in seeds.items():
+            images |= {row["val_images"] for row in steps.values()}
+            if all(step in steps for step in needed):
+                runs.setdefault(method, []).append([steps[step] for step in needed])
+            else:
+                unfinished.append(f"{method} seed {seed} ({len(steps)} of {total} steps)")
+    return Comparison(task, runs, unfinished, images.pop() if len(images) == 1 else None)
+
+
+def read_comparisons(path: Path) -> list[Comparison]:
+    """A comparison for each task and setting of a results.csv; UserError naming what is wrong in it."""
+    tasks = {}
+    for place, row in _read_rows(path):
+        try:
+            task = get_task(row["task"], row["setting"])
+            check_step(task, row["step"])
+        except UserError as error:
+            raise UserError(f"{place}: {error}") from None
+        methods = tasks.setdefault(task, {})
+        steps = methods.setdefault(row["method"], {}).setdefault(row["seed"], {})
+        if row["step"] in steps:
+            raise UserError(f"{place}: this method, seed and step have a row already")
+        steps[row["step"]] = row
+    return [_compare(task, methods) for task, methods in tasks.items()]

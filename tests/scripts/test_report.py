@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,10 @@ import pytest
 from PIL import Image
 
 from data_loader.tasks import CLASS_NAMES, get_task
-from scripts.comparison import read_comparisons
-from scripts.figures import class_iou, forgetting, mean_iou
-from scripts.published import OVERLAP
-from scripts.report import main
-from tests.helpers import error_line, run_script
+from scripts.report import class_iou_figure, forgetting_figure, main, mean_iou_figure
+from scripts.results import COLUMNS, read_comparisons
+from tests.helpers import PROJECT, error_line, run_script
 from utils.config import Config
-
-GROUPS = ("old", "new", "all", "hIoU")
-COLUMNS = (
-    "method", "task", "setting", "seed", "step", "val_images", *GROUPS,
-    "seconds", "peak_mib", "memory_entries", "memory_bytes", *CLASS_NAMES,
-)  # fmt: skip
 
 
 def make_row(method, seed, step, iou=(60,), task="10-5", setting="overlap", **cells) -> dict:
@@ -56,6 +49,16 @@ def report(folder: Path, capsys) -> str:
     return capsys.readouterr().out
 
 
+def failure(folder: Path, capsys) -> str:
+    """The one line on standard error of a report that ends with code 2 and shows nothing."""
+    with pytest.raises(SystemExit) as stop:
+        main([str(folder)])
+    output = capsys.readouterr()
+    assert stop.value.code == 2 and output.out == ""
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    return output.err
+
+
 def tables(text: str, first: str = "method") -> list[dict[str, dict[str, str]]]:
     """The Markdown tables with that first column: method -> column -> cell."""
     found = []
@@ -70,11 +73,11 @@ def tables(text: str, first: str = "method") -> list[dict[str, dict[str, str]]]:
 def two_seeds(tmp_path: Path) -> Path:
     """EIR with two seeds, and joint with one row each."""
     rows = [
-        make_row("EIR", 1, 0, [80]),
+        make_row("EIR", 1, 0, [80], all=80),
         make_row("EIR", 1, 1, [70, 60], seconds=120, memory_bytes=512),
         make_row("EIR", 1, 2, [75, 40, 50], seconds=30, memory_bytes=1024, old=60, all=50.04),
         make_row("joint", 1, 2, [90], old=80, all=80, seconds=300),
-        make_row("EIR", 2, 0, [80]),
+        make_row("EIR", 2, 0, [80], all=74),
         make_row("EIR", 2, 1, [70, 60], seconds=120, memory_bytes=512),
         make_row("EIR", 2, 2, [76, 50, 50], seconds=150, memory_bytes=3072, old=62, all=50),
         make_row("joint", 2, 2, [90], old=84, all=84, seconds=360),
@@ -90,27 +93,29 @@ class TestTable:
             "new": "40.0 ± 0.0",
             "all": "50.0 ± 0.0",
             "hIoU": "45.0 ± 0.0",
+            "mean of steps": "59.0 ± 1.4",  # (80 + 50 + 50.04) / 3 and (74 + 50 + 50) / 3
             "forgetting": "8.0 ± 2.8",  # (10 * 5 + 5 * 20) / 15 and (10 * 4 + 5 * 10) / 15
             "minutes": "4.5 ± 1.4",  # 3.5 and 5.5
             "memory KiB": "2.0 ± 1.4",
             "seeds": "2",
         }
 
-    def test_the_mean_of_all_over_steps(self, two_seeds, capsys):
+    def test_all_after_each_step(self, two_seeds, capsys):
         [table] = tables(report(two_seeds, capsys), "all, after step")
         assert list(table) == ["EIR"] and list(table["EIR"]) == ["0", "1", "2"]
-        assert table["EIR"]["2"] == "50.0 ± 0.0"
+        assert list(table["EIR"].values()) == ["77.0 ± 4.2", "50.0 ± 0.0", "50.0 ± 0.0"]
 
-    def test_joint_has_no_forgetting_and_no_memory(self, two_seeds, capsys):
+    def test_joint_has_one_step_and_no_memory(self, two_seeds, capsys):
         [table] = tables(report(two_seeds, capsys))
         joint = table["joint"]
         assert joint["old"] == "82.0 ± 2.8" and joint["minutes"] == "5.5 ± 0.7"
-        assert joint["forgetting"] == joint["memory KiB"] == "-"
+        assert joint["mean of steps"] == joint["forgetting"] == joint["memory KiB"] == "-"
 
     def test_one_seed_is_a_mean_without_a_deviation(self, tmp_path, capsys):
         write(tmp_path, make_run(memory_bytes=2048))
         [table] = tables(report(tmp_path, capsys))
-        assert list(table["EIR"].values()) == ["50.0", "40.0", "50.0", "45.0", "0.0", "3.0", "2.0", "1"]
+        means, others = ["50.0", "40.0", "50.0", "45.0", "50.0"], ["0.0", "3.0", "2.0", "1"]
+        assert list(table["EIR"].values()) == [*means, *others]
 
     def test_unfinished_runs_are_named_and_left_out(self, tmp_path, capsys):
         broken, begun = make_run(seed=2, old=0)[:2], make_run("kd, 1", old=0)[:1]
@@ -135,34 +140,43 @@ class TestTable:
         assert re.findall("^## .*", output, re.MULTILINE) == headings
         assert [list(table) for table in tables(output)] == [["z", "a", "m"], ["z", "a", "m"], ["d"]]
 
-    def test_a_task_of_one_step_has_neither_new_nor_forgetting(self, tmp_path, capsys):
+    def test_a_task_of_one_step_has_no_means_over_steps(self, tmp_path, capsys):
         write(tmp_path, [make_row("EIR", 1, 0, task="joint")])
         [table] = tables(report(tmp_path, capsys))
-        assert table["EIR"]["new"] == table["EIR"]["forgetting"] == "-"
+        assert table["EIR"]["new"] == table["EIR"]["mean of steps"] == table["EIR"]["forgetting"] == "-"
 
     def test_the_file_has_what_standard_output_has(self, two_seeds, capsys):
         output = report(two_seeds, capsys)
         text = (two_seeds / "report.md").read_text(encoding="utf-8")
         assert tables(text) == tables(output)
+        assert "*mean of steps*" in text
         assert f"report      {two_seeds / 'report.md'}" in output
+
+    def test_a_file_of_earlier_experiments_gives_the_report_beside_it(self, tmp_path, capsys):
+        folder = PROJECT / "docs" / "results" / "methods_15-1"
+        shutil.copy(folder / "results.csv", tmp_path)
+        report(tmp_path, capsys)
+        assert (tmp_path / "report.md").read_bytes() == (folder / "report.md").read_bytes()
 
 
 class TestPublished:
-    @pytest.mark.parametrize("task", ["19-1", "15-5", "15-1", "10-1", "5-3"])
-    def test_it_stands_below_the_methods_on_voc_2012(self, tmp_path, capsys, task):
+    @pytest.mark.parametrize(
+        ("task", "dkd", "dkd_m"),
+        [
+            ("5-3", ("61.32", "58.98"), ("65.02", "63.32")),
+            ("15-1", ("57.46", "70.50"), ("64.09", "72.95")),
+        ],
+    )
+    def test_it_stands_below_the_methods_on_voc_2012(self, tmp_path, capsys, task, dkd, dkd_m):
         write(tmp_path, make_run(task=task, val_images=1449))
         output = report(tmp_path, capsys)
         [table] = tables(output)
         assert list(table) == ["EIR", "DKD (published)", "DKD-M (published)"]
-        for method, by_task in OVERLAP.items():
+        for method, numbers in (("DKD", dkd), ("DKD-M", dkd_m)):
             row = table[f"{method} (published)"]
-            assert (float(row["hIoU"]), float(row["all"])) == by_task[task]
-            assert [row[c] for c in ("old", "new", "forgetting", "seeds")] == [""] * 4
+            assert (row.pop("hIoU"), row.pop("all")) == numbers
+            assert set(row.values()) == {""}
         assert "Decomposed Knowledge Distillation" in output
-
-    def test_the_numbers(self):
-        assert OVERLAP["DKD"]["5-3"] == (61.32, 58.98)
-        assert OVERLAP["DKD-M"]["5-3"] == (65.02, 63.32)
 
     @pytest.mark.parametrize(
         "cells",
@@ -196,22 +210,22 @@ class TestFigures:
 
     def test_mean_iou_has_a_line_a_method_and_joint_dashed(self, two_seeds):
         [comparison] = read_comparisons(two_seeds / "results.csv")
-        eir, joint = mean_iou(comparison).axes[0].get_lines()
-        assert eir.get_label() == "EIR" and np.allclose(eir.get_ydata(), [50, 50, 50.02])
+        eir, joint = mean_iou_figure(comparison).axes[0].get_lines()
+        assert eir.get_label() == "EIR" and np.allclose(eir.get_ydata(), [77, 50, 50.02])
         assert joint.get_label() == "joint" and joint.get_linestyle() == "--"
         assert np.allclose(joint.get_ydata(), 82)
 
     def test_many_methods_differ_in_colour_or_style(self, tmp_path):
         write(tmp_path, [row for n in range(25) for row in make_run(f"m{n}", task="19-1")])
         [comparison] = read_comparisons(tmp_path / "results.csv")
-        lines = mean_iou(comparison).axes[0].get_lines()
+        lines = mean_iou_figure(comparison).axes[0].get_lines()
         assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 25
-        panels = [axes for axes in class_iou(comparison).axes if axes.get_title()]
+        panels = [axes for axes in class_iou_figure(comparison).axes if axes.get_title()]
         assert [panel.get_title() for panel in panels] == [f"m{n}" for n in range(25)]
 
     def test_class_iou_is_a_mean_over_seeds_and_empty_where_not_learned(self, two_seeds):
         [comparison] = read_comparisons(two_seeds / "results.csv")
-        panel, _ = class_iou(comparison).axes
+        panel, _ = class_iou_figure(comparison).axes
         assert panel.get_title() == "EIR"
         values = panel.images[0].get_array().filled(np.nan)
         assert values.shape == (21, 3)
@@ -222,12 +236,12 @@ class TestFigures:
     def test_classes_stand_in_learning_order(self, tmp_path):
         write(tmp_path, make_run(task="15-1_b"))
         [comparison] = read_comparisons(tmp_path / "results.csv")
-        labels = [label.get_text() for label in class_iou(comparison).axes[0].get_yticklabels()]
+        labels = [label.get_text() for label in class_iou_figure(comparison).axes[0].get_yticklabels()]
         assert labels[:3] == ["background", "dog", "chair"] and len(labels) == 21
 
     def test_forgetting_shows_numbers_but_for_the_last_step(self, two_seeds):
         [comparison] = read_comparisons(two_seeds / "results.csv")
-        axes = forgetting(comparison).axes[0]
+        axes = forgetting_figure(comparison).axes[0]
         assert [text.get_text() for text in axes.texts] == ["4.5"] * 10 + ["15.0"] * 5
         assert len(axes.get_xticklabels()) == 20
 
@@ -251,26 +265,18 @@ NO_NUMBER = {**make_row("EIR", 1, 0), "cat": "abc"}
 )
 def test_a_bad_csv_is_one_line_and_code_2(tmp_path, capsys, rows, columns, message):
     write(tmp_path, rows, columns)
-    with pytest.raises(SystemExit) as stop:
-        main([str(tmp_path)])
-    output = capsys.readouterr()
-    assert stop.value.code == 2 and output.out == ""
-    assert output.err.startswith("error: ") and output.err.count("\n") == 1
-    assert str(tmp_path / "results.csv") in output.err and message in output.err
+    error = failure(tmp_path, capsys)
+    assert str(tmp_path / "results.csv") in error and message in error
 
 
 def test_a_line_cut_short_is_named(tmp_path, capsys):
     path = write(tmp_path, make_run()) / "results.csv"
     path.write_text(path.read_text()[:-30])
-    with pytest.raises(SystemExit):
-        main([str(tmp_path)])
-    assert "line 4 has more or fewer cells than the header" in capsys.readouterr().err
+    assert "line 4 has more or fewer cells than the header" in failure(tmp_path, capsys)
 
 
-def test_a_folder_that_is_missing_or_bare_is_one_line(tmp_path):
-    assert f"no such folder: {tmp_path / 'nowhere'}" in error_line(
-        run_script("scripts/report.py", tmp_path / "nowhere")
-    )
+def test_a_folder_that_is_missing_or_bare_is_one_line(tmp_path, capsys):
+    assert f"no such folder: {tmp_path / 'nowhere'}" in failure(tmp_path / "nowhere", capsys)
     assert "results.csv" in error_line(run_script("scripts/report.py", tmp_path))
 
 
@@ -319,10 +325,16 @@ class TestRun:
         rows = {line.split()[0]: line.split()[1:] for line in output.splitlines() if line}
         assert rows["step"] == ["0", "1"] and rows["new"] == ["-", "30.25"]
         assert rows["all"] == ["70.00", "69.00"] and rows["hIoU"] == ["-", "42.50"]
+        assert "mean of steps      69.50  (all, steps 0 to 1)\n" in output
         assert rows["tvmonitor"] == ["-", "12.50"] and rows["train"] == ["12.50", "12.50"]
         assert rows["curve"] == [str(run / "curve.png")] and "published" not in rows
         with Image.open(run / "curve.png") as image:
             assert np.asarray(image.convert("L")).std() > 5
+
+    def test_the_mean_of_steps_needs_all_steps(self, tmp_path, capsys):
+        run = make_steps(tmp_path, tmp_path / "nowhere", 1)
+        shutil.rmtree(run / "step_0")  # as in experiments, whose methods share it
+        assert "mean of steps" not in report(run, capsys)
 
     def test_published_results_stand_below_a_finished_run_on_voc_2012(
         self, tmp_path, full_root, capsys
@@ -347,8 +359,4 @@ class TestRun:
     def test_damaged_metrics_are_one_line(self, tmp_path, capsys, text):
         path = make_steps(tmp_path, tmp_path, 1) / "step_1" / "metrics.json"
         path.write_text(text)
-        with pytest.raises(SystemExit) as stop:
-            main([str(tmp_path)])
-        output = capsys.readouterr()
-        assert stop.value.code == 2 and output.err.count("\n") == 1
-        assert output.err.startswith(f"error: cannot read the metrics {path}: ")
+        assert failure(tmp_path, capsys).startswith(f"error: cannot read the metrics {path}: ")
