@@ -1,5 +1,6 @@
 """Loaders: which samples form which batch in which process."""
 
+import collections
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,30 @@ class StepData:
             name: first_process_first(lambda images=images: self.voc.index(images, cores()))
             for name, images in self.lists.items()
         }
+        other = self.voc.other_labels(self.lists["val"])
+        self.other_val_labels = first_process_first(lambda: self._other_index(other))
+
+    def _other_index(self, other):
+        """Ids of val that have two labels, and the index of the labels that are not used; or None."""
+        return (other.ids, self.voc.index(other, cores())) if other.ids else None
+
+    def describe(self) -> None:
+        """Write to the log where the labels come from, and what is doubtful about them."""
+        val = self.lists["val"]
+        folders = collections.Counter(label.parent.name for label in val.labels)
+        counts = ", ".join(f"{folder} ({count})" for folder, count in folders.items())
+        log.info(f"labels of the validation images: {counts}")
+        if self.other_val_labels:
+            ids, index = self.other_val_labels
+            row = {name: i for i, name in enumerate(val.ids)}
+            used = self.indices["val"].present[[row[name] for name in ids]]
+            differs = np.flatnonzero((used != index.present).any(axis=1))
+            if len(differs):
+                log.warning(
+                    f"{len(differs)} validation images have labels with other classes in another "
+                    f"label folder, {ids[differs[0]]} first: "
+                    f"{val.labels[row[ids[differs[0]]]].parent} is used"
+                )
 
     @property
     def classes(self) -> list[int]:

@@ -19,6 +19,7 @@ CLASS_NAMES = (
     "train", "tvmonitor",
 )  # fmt: skip
 SETTINGS = ("overlap", "disjoint", "sequential")
+ALIASES_OF_5_3 = ("5-3-60", "5-3-140", "5-3-180")
 PUBLISHED = ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3")
 
 # Class orders of the tasks 15-1_b .. 15-1_w.
@@ -108,7 +109,8 @@ class Task:
 def get_task(name: str, setting: str) -> Task:
     """The task of that name, or UserError saying which exist.
 
-    Names: A-B (A classes first, then B at a time, up to 20), 15-1_b .. 15-1_w, joint.
+    Names: A-B (A classes first, then B at a time, up to 20), 15-1_b .. 15-1_w, joint; and 5-3-60,
+    5-3-140, 5-3-180, which the release's data_loader/task.py defines as 5-3.
     """
     if setting not in SETTINGS:
         raise UserError(f"unknown setting {setting!r}: choose {', '.join(SETTINGS)}")
@@ -124,7 +126,8 @@ def _parse(name):
     order = list(range(1, NUM_CLASSES + 1))
     if name == "joint":
         return order, [NUM_CLASSES]
-    match = re.fullmatch(r"(\d+)-(\d+)(?:_([b-w]))?", name)
+    name = "5-3" if name in ALIASES_OF_5_3 else name
+    match = re.fullmatch(r"([0-9]{1,3})-([0-9]{1,3})(?:_([b-w]))?", name)
     if match:
         base, increment = int(match[1]), int(match[2])
         left = NUM_CLASSES - base

@@ -23,6 +23,7 @@ from utils.errors import UserError
 from utils.logging import log
 from utils.visualize import VOID
 
+LABEL_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 LISTS = {"train": "train_aug.txt", "val": "val.txt"}
 
 
@@ -59,8 +60,9 @@ class VOC2012:
     def read_list(self, split: str) -> ImageList:
         """The list of `train` (train_aug.txt) or `val` (val.txt); all its files exist.
 
-        Lines are `/JPEGImages/x.jpg /SegmentationClassAug/x.png` or a bare id, whose label is in
-        SegmentationClassAug or else in SegmentationClass.
+        Lines are `/JPEGImages/x.jpg /SegmentationClassAug/x.png` or a bare id. The label of a bare id
+        is in SegmentationClassAug, for val in SegmentationClass (as in the release's
+        VOCSegmentationIncremental), or else in the other of the two.
         Raises UserError for a missing or empty list, or files that it names and that are missing.
         """
         path = self.root / "ImageSets" / "Segmentation" / LISTS[split]
@@ -74,7 +76,7 @@ class VOC2012:
         if not lines:
             raise UserError(f"the list {path} is empty")
         files = _Folder(self.root)
-        images, labels = zip(*(self._pair(words, path, files) for words in lines), strict=True)
+        images, labels = zip(*(self._pair(words, path, files, split) for words in lines), strict=True)
         missing = [str(self.root / f) for f in (*images, *labels) if not files.has(f)]
         if missing:
             more = ", ..." if len(missing) > 5 else ""
@@ -84,16 +86,26 @@ class VOC2012:
         images, labels = ([self.root / f for f in column] for column in (images, labels))
         return ImageList(split, [f.stem for f in images], images, labels)
 
-    def _pair(self, words, path, files):
+    def _pair(self, words, path, files, split):
         """Image and label of a line, relative to the root."""
         if len(words) == 2:
             return tuple(word.lstrip("/") for word in words)
         if len(words) > 2:
             raise UserError(f"{path}: cannot read the line {' '.join(words)!r}: image and label")
-        augmented = f"SegmentationClassAug/{words[0]}.png"
-        plain = f"SegmentationClass/{words[0]}.png"
-        label = plain if files.has(plain) and not files.has(augmented) else augmented
+        first, other = (f"{f}/{words[0]}.png" for f in LABEL_FOLDERS[:: -1 if split == "val" else 1])
+        label = other if files.has(other) and not files.has(first) else first
         return f"JPEGImages/{words[0]}.jpg", label
+
+    def other_labels(self, images: ImageList) -> ImageList:
+        """The images of a list that have a label in the other label folder too, with that label."""
+        files, rows = _Folder(self.root), []
+        for i, label in enumerate(images.labels):
+            if label.parent.name in LABEL_FOLDERS:
+                other = LABEL_FOLDERS[1 - LABEL_FOLDERS.index(label.parent.name)]
+                if files.has(f"{other}/{label.name}"):
+                    rows.append((images.ids[i], images.images[i], self.root / other / label.name))
+        columns = zip(*rows, strict=True) if rows else ([], [], [])
+        return ImageList(f"{images.name}_other", *map(list, columns))
 
     def index(self, images: ImageList, workers: int = 0) -> LabelIndex:
         """The label index of a list, from the cache if lists and files are unchanged."""

@@ -17,8 +17,8 @@ from configs.options import parse_train
 from data_loader.data_loaders import StepData
 from data_loader.dataset import MEAN, STD
 from trainer.incremental import IncrementalStep
+from trainer.output import previous_checkpoint
 from trainer.pseudo_labels import pseudo_labels
-from trainer.run import previous_checkpoint
 from utils.distributed import launch
 from utils.errors import UserError
 from utils.visualize import sheet, voc_palette
@@ -26,7 +26,7 @@ from utils.visualize import sheet, voc_palette
 TITLES = ["image", "labels", "with pseudo labels", "with instances", "weight of instances"]
 
 
-def preview(config, run, options) -> None:
+def preview(config, call, options) -> None:
     if config.task.step < 1:
         raise UserError("step 0 replays nothing: give --task_step 1 or higher")
     if options.images < 1 or options.epoch < 1:
@@ -35,7 +35,7 @@ def preview(config, run, options) -> None:
         raise UserError(f"--output is {options.output}; give the name of a .png file")
     if not options.output.parent.is_dir():
         raise UserError(f"no folder {options.output.parent} to write {options.output.name} into")
-    previous = previous_checkpoint(config, run)
+    previous = previous_checkpoint(config, call)
     with tempfile.TemporaryDirectory() as folder:
         if not (config.step_dir() / "memory").is_dir():
             config.trainer.save_dir = folder  # a step that was not started keeps its folder clean
@@ -45,6 +45,7 @@ def preview(config, run, options) -> None:
 def _preview(config, previous, options):
     config.data.train.batch_size, config.arch.args.freeze_all_bn = options.images, True
     trainer = IncrementalStep(config, StepData(config), previous=previous)
+    trainer.prepare()
     colours = voc_palette()[[0, *trainer.data.task.order]]
     rows = [row for batch in first_batch(trainer, options) for row in pictures(trainer, batch, colours)]
     sheet(options.output, rows, TITLES)
@@ -97,9 +98,9 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6, help="composites, half of them replay images")
     parser.add_argument("--epoch", type=int, default=1, help="epoch whose randomness is shown")
     options, rest = parser.parse_known_args()
-    config, run = parse_train(rest)
+    config, call = parse_train(rest)
     config.multiprocessing_distributed = False
-    launch(preview, config, run, options)
+    launch(preview, config, call, options)
 
 
 if __name__ == "__main__":

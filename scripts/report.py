@@ -16,9 +16,9 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.options import load_config
 from data_loader.tasks import get_task
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
-from utils.config_file import load_config
 from utils.errors import UserError, exit_with
 
 INTRODUCTION = """# Results

@@ -14,10 +14,10 @@ from statistics import mean
 
 import numpy as np
 
+from configs.options import Config
 from data_loader.tasks import CLASS_NAMES, Task, check_step, get_task
 from data_loader.voc import VOC2012
 from utils.checkpoint import write_atomically
-from utils.config import Config
 from utils.errors import UserError
 from utils.metrics import harmonic_mean
 

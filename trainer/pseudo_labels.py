@@ -27,7 +27,10 @@ def ignore_doubtful(
     """Labels uint8 [N, H, W] in which background that may be an old class is void.
 
     Background without a pseudo label, whose best foreground score reaches the threshold and where no
-    instance was pasted (weights float [N, K, H, W]), is void. teacher as in pseudo_labels.
+    instance was pasted (weights float [N, K, H, W]), is void, whatever the teacher's background scores
+    there: so also where that is higher, and kept the pixel from a pseudo label. teacher as in
+    pseudo_labels. Such pixels leave the BCE, but stay in its divisor: the weight of all other pixels,
+    and of the distillation beside them, does not depend on how many are doubtful.
     """
     kept = torch.empty_like(labels)
     for i, label in enumerate(labels):

@@ -37,6 +37,7 @@ def train(config: Config, call: TrainCall) -> None:
     data = StepData(config)
     barrier()  # all processes have looked at the folder before the first one writes into it
     _start_log(config, call, config.step_dir(kind="log"))
+    data.describe()
     previous = output.previous_checkpoint(config, call) if data.step else None
     trainer = STEPS["eir"][data.step > 0](config, data, resume, previous)
     if rank() == 0:
@@ -56,6 +57,7 @@ def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
 
 def _evaluate(config, path, score=0.5):
     data = StepData(config)
+    data.describe()
     model = DeepLabV3(data.classes, config.arch.args.backbone)
     checkpoint = read_checkpoint(path)
     output.check_order(checkpoint, data, path)
