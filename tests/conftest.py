@@ -9,6 +9,7 @@ import pytest
 import torch
 from utils.arguments import parse_eval, parse_train
 
+from configs.options import parse_eval, parse_train
 from data_loader import voc
 from scripts.make_synthetic_voc import make_synthetic_voc
 from trainer.run import evaluate_checkpoint, train

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from utils.config import Config
-from utils.flags import FLAGS
+from configs.options import Config
+from utils.config import get, options, put
 
 PROJECT = Path(__file__).resolve().parents[1]
 
@@ -32,14 +32,10 @@ def small_config(root: Path, save_dir: Path, **changes) -> Config:
     """
     config = Config()
     for name, value in {"data_root": str(root), "save_dir": str(save_dir), **SMALL, **changes}.items():
-        by_flag = [paths for flags, paths in FLAGS.items() if f"--{name}" in flags]
-        for path in by_flag[0] if by_flag else [name.replace("__", ".")]:
-            *parents, leaf = path.split(".")
-            target = config
-            for parent in parents:
-                target = getattr(target, parent)
-            assert hasattr(target, leaf), path
-            setattr(target, leaf, value)
+        by_flag = [o.path for o in options(Config) if f"--{name}" in o.metadata["flags"]]
+        for path in by_flag or [name.replace("__", ".")]:
+            get(config, path)  # fails where there is no such option
+            put(config, path, value)
     return config
 
 

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pickle
 import re
 import shutil
 import signal
@@ -16,21 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+from configs.options import Config, EvalCall, TrainCall
 from tests.helpers import PROJECT, error_line, run_script, snapshot, train_flags
 from utils.checkpoint import read_checkpoint
+from utils.config import options
 
 STEP = "overlap_5-3_EIR/step_0"
 CHECKPOINT = "checkpoint-epoch1.pth"
-
-
-class CreatesFile:
-    """A pickle that would create a file when it is loaded carelessly."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return Path.touch, (self.path,)
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +33,16 @@ def trained(voc_root, tmp_path_factory):
     return folder / "models" / STEP
 
 
+@pytest.fixture
+def own_step(trained, tmp_path):
+    """A copy of it, below tmp_path, that a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "models" / STEP))
+
+
 class TestTrainAndEvaluate:
     def test_outputs_of_a_step(self, trained):
         names = {path.name for path in trained.iterdir()}
-        assert names == {"checkpoint-epoch1.pth", "config.json", "last.pth", "metrics.json"}
+        assert names == {CHECKPOINT, "config.json", "last.pth", "metrics.json"}
         log = trained.parents[2] / "log" / STEP
         assert (log / "log.txt").is_file() and (log / "metrics.jsonl").is_file()
         metrics = json.loads((trained / "metrics.json").read_text())
@@ -56,14 +53,22 @@ class TestTrainAndEvaluate:
         classes = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle"]
         assert list(metrics["Mean_Intersection_over_Union"]["by_class"]) == classes
 
-    def test_evaluation_repeats_the_reported_numbers(self, trained, tmp_path, command):
+    @pytest.mark.parametrize("score", [(), ("--score", "0.5")])
+    def test_evaluation_repeats_the_reported_numbers(self, trained, tmp_path, command, score):
         output = tmp_path / "again.json"
-        checkpoint = trained / "checkpoint-epoch1.pth"
-        result = command("eval_voc.py", "-d", 0, "--test", "-r", checkpoint, "--output", output)
+        flags = ("-d", 0, "--test", "-r", trained / CHECKPOINT, "--output", output)
+        result = command("eval_voc.py", *flags, *score)
         assert result.returncode == 0, result.stderr
         assert output.read_text() == (trained / "metrics.json").read_text()
         iou = json.loads(output.read_text())["Mean_Intersection_over_Union"]
         assert f"background       old{iou['by_class']['background']:9.2f}" in result.stdout
+
+    def test_a_score_of_zero_predicts_no_background(self, trained, tmp_path, command):
+        output = tmp_path / "zero.json"
+        result = command("eval_voc.py", "-r", trained / CHECKPOINT, "--output", output, "--score", 0)
+        assert result.returncode == 0, result.stderr
+        accuracy = json.loads(output.read_text())["Pixel_Accuracy_Class"]["by_class"]
+        assert accuracy["background"] == 0 and max(accuracy.values()) > 0
 
     def test_train_with_test_evaluates_only(self, trained, voc_root, command):
         before = snapshot(trained)
@@ -80,18 +85,19 @@ class TestTrainAndEvaluate:
         assert "is finished already" in result.stdout and "--overwrite" in result.stdout
         assert snapshot(trained) == before
 
-    def test_a_step_killed_before_its_evaluation_is_finished_on_resuming(
-        self, trained, voc_root, tmp_path, command
+    def test_a_step_that_an_older_version_finished_is_the_same_experiment(
+        self, own_step, voc_root, tmp_path, command
     ):
-        folder = Path(shutil.copytree(trained, tmp_path / "models" / STEP))
-        written = {name: (folder / name).read_bytes() for name in ("metrics.json", CHECKPOINT)}
-        for name in written:
-            (folder / name).unlink()
-        flags = train_flags(voc_root, tmp_path, epochs=1)
-        assert command("train_voc.py", *flags, "--resume", "auto").returncode == 0
-        assert (folder / "metrics.json").read_bytes() == written["metrics.json"]
-        one, other = (read_checkpoint(f / CHECKPOINT)["state_dict"] for f in (trained, folder))
-        assert all(torch.equal(one[key], other[key]) for key in one)
+        """Its config.json has the keys that have one possible value."""
+        config = json.loads((own_step / "config.json").read_text())
+        config["arch"]["type"] = "DeepLabV3"
+        config["arch"]["args"]["output_stride"] = 16
+        config["data_loader"]["args"]["train"]["args"]["transform"] = True
+        config |= {"n_gpu": 1, "evaluator": {"type": "Evaluator", "args": {}}, "test": False}
+        (own_step / "config.json").write_text(json.dumps(config))
+        result = command("train_voc.py", *train_flags(voc_root, tmp_path, epochs=1))
+        assert result.returncode == 0 and "is finished already" in result.stdout
+        assert command("eval_voc.py", "-r", own_step / CHECKPOINT).returncode == 0
 
     @pytest.mark.parametrize(
         ("changes", "key"),
@@ -106,26 +112,39 @@ class TestTrainAndEvaluate:
         assert f"({key})" in line and "--overwrite" in line
         assert snapshot(trained) == before
 
-    def test_an_unfinished_step_offers_to_resume(self, trained, voc_root, tmp_path, command):
-        folder = tmp_path / "models" / STEP
-        folder.mkdir(parents=True)
-        (folder / "last.pth").write_bytes((trained / "last.pth").read_bytes())
-        before = snapshot(folder)
-        line = error_line(command("train_voc.py", *train_flags(voc_root, tmp_path)))
-        assert "unfinished" in line and "--resume auto" in line and "--overwrite" in line
-        assert snapshot(folder) == before
+    def test_overwrite_trains_anew(self, own_step, voc_root, tmp_path, command):
+        (own_step / "checkpoint-epoch7.pth").write_bytes(b"of a longer run")
+        (own_step.parent / "step_1").mkdir()
+        flags = train_flags(voc_root, tmp_path, epochs=1, seed=2)
+        result = command("train_voc.py", *flags, "--overwrite")
+        assert result.returncode == 0, result.stderr
+        assert "epoch 1/1: " in result.stdout
+        assert "step_1 was trained from the step that is trained anew here" in result.stdout
+        assert json.loads((own_step / "config.json").read_text())["seed"] == 2
+        assert [path.name for path in own_step.glob("checkpoint*")] == [CHECKPOINT]
 
-    def test_overwrite_trains_anew(self, voc_root, tmp_path, command):
-        flags = train_flags(voc_root, tmp_path, epochs=1)
-        for seed in (1, 2):
-            result = command("train_voc.py", *flags, "--seed", seed, "--overwrite")
-            assert result.returncode == 0, result.stderr
-            assert "epoch 1/1: " in result.stdout
-        config = json.loads((tmp_path / "models" / STEP / "config.json").read_text())
-        assert config["seed"] == 2
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"mem_size": 5, "bs": 1}, "cannot train on one image"),
+            ({"accumulate": 3}, "cannot train on one image"),
+            ({"backbone_weights": "nowhere.pth"}, "no ImageNet weights for the backbone tiny"),
+            ({"data_root": "nowhere"}, "nowhere does not exist"),
+            ({"task_name": "5-4"}, "unknown task '5-4'"),
+            ({"ignore_thresh": 0.5, "pseudo_labels": "off"}, "--ignore_thresh works on pseudo labels"),
+        ],
+        ids=str,
+    )
+    def test_an_overwrite_that_is_refused_leaves_the_finished_step_as_it_was(
+        self, own_step, voc_root, tmp_path, command, changes, words
+    ):
+        before = snapshot(tmp_path / "models")
+        flags = train_flags(voc_root, tmp_path, **{"epochs": 1, **changes})
+        assert words in error_line(command("train_voc.py", *flags, "--overwrite"))
+        assert snapshot(tmp_path / "models") == before
 
 
-class TestKilledRun:
+class TestInterruptedStep:
     def test_resume_after_a_kill_gives_the_weights_of_an_uninterrupted_run(self, voc_root, tmp_path):
         settings = {"epochs": 6, "bs": 2, "num_workers": 1}
         killed = train_flags(voc_root, tmp_path / "killed", **settings)
@@ -162,6 +181,84 @@ class TestKilledRun:
         records = (tmp_path / "killed/log" / STEP / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(record)["epoch"] for record in records] == [1, 2, 3, 4, 5, 6]
 
+    def test_a_step_killed_before_its_evaluation_is_finished_on_resuming(
+        self, trained, own_step, voc_root, tmp_path, command
+    ):
+        for name in ("metrics.json", CHECKPOINT):
+            (own_step / name).unlink()
+        flags = train_flags(voc_root, tmp_path, epochs=1)
+        line = error_line(command("train_voc.py", *flags))
+        assert "unfinished" in line and "--resume auto" in line and "--overwrite" in line
+        assert command("train_voc.py", *flags, "--resume", "auto").returncode == 0
+        assert (own_step / "metrics.json").read_bytes() == (trained / "metrics.json").read_bytes()
+        one, other = (read_checkpoint(f / CHECKPOINT)["state_dict"] for f in (trained, own_step))
+        assert all(torch.equal(one[key], other[key]) for key in one)
+
+    def test_resuming_with_other_settings_is_refused(self, own_step, voc_root, tmp_path, command):
+        (own_step / "metrics.json").unlink()
+        before = snapshot(own_step)
+        flags = train_flags(voc_root, tmp_path, epochs=2, lr=0.5)
+        line = error_line(command("train_voc.py", *flags, "--resume", "auto"))
+        assert "optimizer.args.lr" in line and "trainer.epochs" in line
+        assert snapshot(own_step) == before
+
+    @pytest.mark.parametrize("gone", [("metrics.json",), ("metrics.json", "last.pth")], ids=str)
+    def test_resuming_from_elsewhere_replaces_no_checkpoint(
+        self, trained, own_step, voc_root, tmp_path, command, gone
+    ):
+        for name in gone:
+            (own_step / name).unlink()
+        before = snapshot(own_step)
+        flags = train_flags(voc_root, tmp_path, epochs=1)
+        line = error_line(command("train_voc.py", *flags, "--resume", trained / "last.pth"))
+        assert "a checkpoint of its own" in line
+        if "last.pth" in gone:
+            assert "that was not trained here" in error_line(command("train_voc.py", *flags))
+        assert snapshot(own_step) == before
+
+
+class TestBadCheckpoints:
+    """Refused by train_voc.py --resume and by eval_voc.py, with nothing touched."""
+
+    @pytest.fixture(params=["torn", "no training state"])
+    def bad(self, request, trained, tmp_path):
+        path = tmp_path / "bad" / "checkpoint.pth"
+        path.parent.mkdir()
+        if request.param == "torn":
+            path.write_bytes((trained / "last.pth").read_bytes()[:-1])
+        else:
+            torch.save({"state_dict": read_checkpoint(trained / "last.pth")["state_dict"]}, path)
+        return path
+
+    def test_resume(self, bad, voc_root, tmp_path, command):
+        flags = train_flags(voc_root, tmp_path / "saved", epochs=1)
+        line = error_line(command("train_voc.py", *flags, "--resume", bad))
+        assert str(bad) in line and ("is damaged" in line or "cannot be resumed from" in line)
+        assert not list((tmp_path / "saved").rglob("*.pth"))
+
+    def test_a_torn_checkpoint_is_not_evaluated(self, trained, tmp_path, command):
+        bad, output = tmp_path / "torn.pth", tmp_path / "metrics.json"
+        bad.write_bytes((trained / "last.pth").read_bytes()[:-1])
+        flags = ("-r", bad, "-c", trained / "config.json", "--output", output)
+        assert f"{bad} is damaged" in error_line(command("eval_voc.py", *flags))
+        assert not output.exists()
+
+    def test_a_torn_last_checkpoint_leaves_the_folder_alone(
+        self, own_step, voc_root, tmp_path, command
+    ):
+        (own_step / "metrics.json").unlink()
+        (own_step / "last.pth").write_bytes((own_step / "last.pth").read_bytes()[:-5000])
+        before = snapshot(own_step)
+        flags = train_flags(voc_root, tmp_path, epochs=1)
+        assert "is damaged" in error_line(command("train_voc.py", *flags, "--resume", "auto"))
+        assert snapshot(own_step) == before
+
+    def test_another_architecture_is_named_by_its_first_key(self, trained, voc_root, tmp_path, command):
+        alone = Path(shutil.copy(trained / "last.pth", tmp_path / "alone.pth"))
+        flags = train_flags(voc_root, tmp_path, epochs=1, task_name="15-5")
+        line = error_line(command("train_voc.py", *flags, "--resume", alone))
+        assert "another architecture: cls.1.weight is [5, 256, 1, 1] in the file" in line
+
 
 class TestBadInput:
     """One clear line, exit code 2, and nothing written."""
@@ -184,49 +281,9 @@ class TestBadInput:
         saved = tmp_path / "saved"
         result = run_script("train_voc.py", *train_flags(own_root, saved))
         assert f"label {label} is a colour image" in error_line(result)
-        result = run_script("train_voc.py", "--data_root", tmp_path / "no", "--save_dir", saved)
-        assert str(tmp_path / "no") in error_line(result)
         result = run_script("eval_voc.py", "-r", tmp_path / "no.pth")
         assert "no checkpoint at" in error_line(result)
         assert not saved.exists()
-
-    def test_unknown_task_names_those_that_exist(self, refused):
-        line = refused(task_name="7-4")
-        assert "unknown task '7-4'" in line and "15-5" in line and "joint" in line
-
-    def test_unknown_step_names_those_that_exist(self, refused):
-        assert "has no step 6: its steps are 0 to 5" in refused(task_step=6)
-
-    def test_unknown_setting_names_those_that_exist(self, refused):
-        assert "overlap, disjoint, sequential" in refused(task_setting="overlapping")
-
-    def test_missing_list(self, refused, own_root):
-        (own_root / "ImageSets/Segmentation/train_aug.txt").unlink()
-        assert "train_aug.txt" in refused(root=own_root)
-
-    def test_missing_files(self, refused, own_root):
-        gone = sorted((own_root / "JPEGImages").glob("2007*"))[:6]
-        for path in gone:
-            path.unlink()
-        line = refused(root=own_root)
-        assert "6 files" in line and str(gone[4]) in line and str(gone[5]) not in line
-
-    def test_colour_label(self, refused, own_root):
-        path = own_root / "SegmentationClassAug" / "2007_000007.png"
-        Image.open(path).convert("RGB").save(path)
-        assert f"label {path} is a colour image" in refused(root=own_root)
-
-    def test_label_of_another_size(self, refused, own_root):
-        path = own_root / "SegmentationClassAug" / "2008_000003.png"
-        Image.fromarray(np.zeros((7, 5), np.uint8)).save(path)
-        assert "is 5x7" in refused(root=own_root)
-
-    def test_class_id_above_20(self, refused, own_root):
-        path = own_root / "SegmentationClassAug" / "2007_000007.png"
-        label = np.array(Image.open(path))
-        label[3, 3] = 21
-        Image.fromarray(label).save(path)
-        assert f"{path} has class id 21" in refused(root=own_root)
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_photograph_that_turns_out_torn_in_training(self, own_root, tmp_path, command, workers):
@@ -247,208 +304,126 @@ class TestBadInput:
         line = refused(root=own_root)
         assert "no training image" in line and "aeroplane" in line
 
-    def test_batch_of_one_image(self, refused):
-        assert "--freeze_bn" in refused(bs=1)
-
-    def test_step_before_is_missing(self, refused):
-        assert "step 0 is not finished" in refused(task_step=1)
-
-    @pytest.mark.parametrize(
-        ("flags", "words"),
-        [
-            (("--epochs", "many"), "--epochs must be an integer, not 'many'"),
-            (("--epochs", "0"), "--epochs is 0; it must be at least 1"),
-            (("--lr", "-1"), "--lr is -1.0; it must be at least 0"),
-            (("--lr", "nan"), "--lr is nan"),
-            (("--lr", "inf"), "--lr is inf"),
-            (("--bs", "2.5"), "--bs must be an integer"),
-            (("--backbone", "vgg"), "allowed: resnet101, resnet50, tiny"),
-            (("--pseudo_thresh", "1.5"), "at most 1"),
-            (("--fusion", "maybe"), "on, off"),
-            (("--no_such_flag",), "--no_such_flag"),
-            (("-d", "cuda"), "give GPU indices"),
-            (("-c", "nowhere.json"), "cannot read the configuration nowhere.json"),
-            (("--overwrite", "--resume", "auto"), "exclude each other"),
-            (("--resume", "nowhere.pth"), "no checkpoint at nowhere.pth"),
-            (("--test",), "nothing to evaluate"),
-        ],
-    )
-    def test_flags(self, refused, flags, words):
-        assert words in refused(*flags)
-
-
-class TestBadCheckpoints:
-    """Refused by train_voc.py --resume and by eval_voc.py, with nothing touched."""
-
-    @pytest.fixture(params=["torn", "tiny tear", "empty", "other", "pickle", "no model", "list"])
-    def bad(self, request, trained, tmp_path):
-        good = trained / "last.pth"
-        path = tmp_path / "bad" / "checkpoint.pth"
-        path.parent.mkdir()
-        data = good.read_bytes()
-        if request.param == "torn":
-            path.write_bytes(data[: len(data) // 2])
-        elif request.param == "tiny tear":
-            path.write_bytes(data[:-1])
-        elif request.param == "empty":
-            path.write_bytes(b"")
-        elif request.param == "other":
-            content = read_checkpoint(good)
-            content["state_dict"]["cls.1.weight"] = torch.zeros(6, 256, 1, 1)
-            torch.save(content, path)
-        elif request.param == "pickle":
-            trap = {"state_dict": {}, "epoch": CreatesFile(tmp_path / "executed")}
-            path.write_bytes(pickle.dumps(trap, protocol=2))
-        elif request.param == "no model":
-            torch.save({"epoch": 1, "state_dict": {"cls.0.bias": "x"}}, path)
-        else:
-            torch.save([torch.zeros(2)], path)
-        (path.parent / "config.json").write_bytes((trained / "config.json").read_bytes())
-        return path
-
-    def test_resume(self, bad, voc_root, trained, tmp_path, command):
-        before = snapshot(trained)
-        flags = train_flags(voc_root, tmp_path / "saved", epochs=1)
-        line = error_line(command("train_voc.py", *flags, "--resume", bad))
-        assert str(bad) in line
-        assert not list((tmp_path / "saved").rglob("*.pth"))
-        assert not (tmp_path / "executed").exists()
-        assert snapshot(trained) == before
-
-    def test_evaluate(self, bad, tmp_path, command):
-        output = tmp_path / "metrics.json"
-        line = error_line(command("eval_voc.py", "-r", bad, "--output", output))
-        assert str(bad) in line
-        assert not output.exists() and not (tmp_path / "executed").exists()
-
-    def test_zipped_pickle_is_not_executed(self, trained, tmp_path, command):
-        path = tmp_path / "checkpoint.pth"
-        torch.save({"state_dict": {}, "epoch": CreatesFile(tmp_path / "executed")}, path)
-        assert not (tmp_path / "executed").exists()
-        line = error_line(command("eval_voc.py", "-r", path, "-c", trained / "config.json"))
-        assert str(path) in line
-        assert not (tmp_path / "executed").exists()
-
-    def test_torn_last_checkpoint_leaves_the_folder_alone(self, trained, voc_root, tmp_path, command):
-        folder = tmp_path / "models" / STEP
-        folder.mkdir(parents=True)
-        (folder / "last.pth").write_bytes((trained / "last.pth").read_bytes()[:-5000])
-        before = snapshot(folder)
-        flags = train_flags(voc_root, tmp_path, epochs=1)
-        assert "is damaged" in error_line(command("train_voc.py", *flags, "--resume", "auto"))
-        assert snapshot(folder) == before
-
-    def test_another_architecture_is_named_by_its_first_key(self, trained, voc_root, tmp_path, command):
-        alone = Path(shutil.copy(trained / "last.pth", tmp_path / "alone.pth"))
-        flags = train_flags(voc_root, tmp_path, epochs=1, task_name="15-5")
-        line = error_line(command("train_voc.py", *flags, "--resume", alone))
-        assert "another architecture: cls.1.weight is [5, 256, 1, 1] in the file" in line
-
-    def test_resuming_with_other_settings_is_refused(self, trained, voc_root, tmp_path, command):
-        folder = Path(shutil.copytree(trained, tmp_path / "models" / STEP))
-        (folder / "metrics.json").unlink()
-        before = snapshot(folder)
-        flags = train_flags(voc_root, tmp_path, epochs=2, lr=0.5)
-        line = error_line(command("train_voc.py", *flags, "--resume", "auto"))
-        assert "optimizer.args.lr" in line and "trainer.epochs" in line
-        assert snapshot(folder) == before
-
-    def test_resuming_from_elsewhere_replaces_no_unfinished_step(
-        self, trained, voc_root, tmp_path, command
-    ):
-        folder = Path(shutil.copytree(trained, tmp_path / "models" / STEP))
-        (folder / "metrics.json").unlink()
-        before = snapshot(folder)
-        flags = train_flags(voc_root, tmp_path, epochs=1)
-        line = error_line(command("train_voc.py", *flags, "--resume", trained / "last.pth"))
-        assert "a checkpoint of its own" in line
-        assert snapshot(folder) == before
-        (folder / "last.pth").unlink()
-        before = snapshot(folder)
-        line = error_line(command("train_voc.py", *flags, "--resume", trained / "last.pth"))
-        assert "a checkpoint of its own" in line
-        assert snapshot(folder) == before
-
-    @pytest.mark.parametrize("name", ["", "..", "a/b", "long" * 60])
-    def test_a_name_that_no_folder_can_have(self, voc_root, tmp_path, command, name):
-        flags = train_flags(voc_root, tmp_path, name=name)
-        assert "--name" in error_line(command("train_voc.py", *flags))
-
-    def test_doubts_without_pseudo_labels(self, voc_root, tmp_path, command):
-        flags = [*train_flags(voc_root, tmp_path), "--ignore_thresh", "0.5", "--pseudo_labels", "off"]
-        assert "--ignore_thresh needs pseudo labels" in error_line(command("train_voc.py", *flags))
-
     def test_an_output_folder_that_is_a_file(self, voc_root, tmp_path, command):
         (tmp_path / "file").write_text("kept")
         line = error_line(command("train_voc.py", *train_flags(voc_root, tmp_path / "file")))
         assert "cannot write the log" in line and (tmp_path / "file").read_text() == "kept"
 
-    def test_model_without_training_state_cannot_be_resumed(self, trained, voc_root, tmp_path, command):
-        state = read_checkpoint(trained / "last.pth")["state_dict"]
-        torch.save({"state_dict": state}, tmp_path / "model.pth")
-        flags = train_flags(voc_root, tmp_path / "saved", epochs=1)
-        line = error_line(command("train_voc.py", *flags, "--resume", tmp_path / "model.pth"))
-        assert "cannot be resumed from" in line
-        assert not list((tmp_path / "saved").rglob("*.pth"))
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            ("--task_name 7-4", "unknown task '7-4'"),
+            ("--task_step 6", "has no step 6: its steps are 0 to 5"),
+            ("--task_step 1", "step 0 is not finished"),
+            ("--task_setting both", "allowed: overlap, disjoint, sequential"),
+            ("--epochs many", "--epochs must be an integer, not 'many'"),
+            ("--epochs 0", "--epochs is 0; it must be at least 1"),
+            ("--lr -1", "--lr is -1.0; it must be at least 0"),
+            ("--lr nan", "--lr is nan"),
+            ("--lr inf", "--lr is inf"),
+            ("--bs 2.5", "--bs must be an integer"),
+            ("--bs=", "--bs needs a value"),
+            ("--backbone vgg", "allowed: resnet101, resnet50, tiny"),
+            ("--pseudo_thresh 1.5", "at most 1"),
+            ("--fusion maybe", "--fusion is 'maybe'; allowed: on, off"),
+            ("--no_such_flag", "--no_such_flag"),
+            ("--seed --", "--help lists the flags"),
+            ("--seed", "--help lists the flags"),
+            ("--name=", "--name needs a value"),
+            ("--name ..", "--name is '..'; it must be a name that a folder can have"),
+            ("--name a/b", "it must be a name that a folder can have"),
+            (f"--name {'long' * 60}", "it must be a name that a folder can have"),
+            ("--name a\nb", "it must be printable, in one line"),
+            ("-d cuda", "give GPU indices"),
+            ("-d ²", "-d is '²'; give GPU indices"),
+            ("-d=", "-d needs a value"),
+            ("-r=", "-r needs a value"),
+            ("-c nowhere.json", "cannot read the configuration nowhere.json"),
+            ("--overwrite --resume auto", "exclude each other"),
+            ("--ignore_thresh 0.5 --pseudo_labels off", "--ignore_thresh works on pseudo labels only"),
+            ("--resume nowhere.pth", "no checkpoint at nowhere.pth"),
+            ("--test", "nothing to evaluate"),
+        ],
+        ids=lambda text: text[:20],
+    )
+    def test_flags(self, refused, flags, words):
+        # "-r=" stands for an empty word after the flag, which nothing else here can express
+        short = re.fullmatch("(-[a-z])=", flags)
+        assert words in refused(*([short[1], ""] if short else flags.split(" ")))
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            ((), "give the checkpoint to evaluate with -r FILE"),
+            (("-r", ""), "give the checkpoint to evaluate with -r FILE"),
+            (("-c", "configs/config_voc.json"), "give the checkpoint to evaluate with -r FILE"),
+            (("-r", "nowhere.pth"), "no checkpoint at nowhere.pth"),
+            (("-r", "README.md"), "no config.json beside README.md: give the configuration with -c"),
+            (("-r", "x.pth", "-c", "configs/config_voc.json", "--score", "1.01"), "at most 1"),
+            (("-r", "x.pth", "-c", "configs/config_voc.json", "--score", "-0.1"), "at least 0"),
+            (("-r", "x.pth", "-c", "configs/config_voc.json", "--score", "nan"), "must be finite"),
+        ],
+    )
+    def test_flags_of_the_evaluation(self, command, monkeypatch, flags, words):
+        monkeypatch.chdir(PROJECT)
+        assert words in error_line(command("eval_voc.py", *flags))
 
 
 class TestConfigurationFile:
     @pytest.fixture
-    def write(self, tmp_path, voc_root):
-        def call(**sections):
+    def with_file(self, tmp_path, voc_root, command):
+        def call(text):
             path = tmp_path / "config.json"
-            path.write_text(json.dumps(sections))
-            return "-c", path, *train_flags(voc_root, tmp_path / "saved", epochs=1)
+            path.write_text(text)
+            return command(
+                "train_voc.py", "-c", path, *train_flags(voc_root, tmp_path / "saved", epochs=1)
+            )
 
         return call
 
-    def test_keys_without_meaning_are_accepted_with_one_warning(self, write, command):
-        result = command(
-            "train_voc.py",
-            *write(
-                test=True,
-                mix_mask=True,
-                data_loader={"args": {"val": {"cross_val": False}}},
-                hyperparameter={"dkd_pos": 1, "dkd_neg": 2, "fc": 1, "fs": 0, "loss_lovasz": 0},
-            ),
+    def test_keys_without_meaning_are_accepted_with_one_warning(self, with_file):
+        hyperparameter = {"dkd_pos": 1, "dkd_neg": 2, "fc": 1, "fs": 0, "loss_lovasz": 0}
+        result = with_file(json.dumps({"test": True, "hyperparameter": hyperparameter, "n_gpu": 2}))
+        assert result.returncode == 0, result.stderr
+        (line,) = [line for line in result.stdout.splitlines() if "ignored keys" in line]
+        keys = (
+            "test, hyperparameter.dkd_pos, hyperparameter.dkd_neg, hyperparameter.fc, hyperparameter.fs"
         )
-        assert result.returncode == 0, result.stderr
-        lines = [line for line in result.stdout.splitlines() if "ignored keys" in line]
-        assert len(lines) == 1
-        for key in ("test", "mix_mask", "val.cross_val", "dkd_pos", "dkd_neg", "fc", "fs"):
-            assert re.search(rf"\b{re.escape(key)}\b", lines[0]), key
+        assert line.endswith(f": {keys}")
 
-    def test_unknown_key_suggests_the_nearest(self, write, command):
-        line = error_line(command("train_voc.py", *write(trainer={"epoch": 3})))
-        assert "unknown key trainer.epoch: did you mean epochs?" in line
-
-    def test_iabn_sync_is_refused_by_name(self, write, command):
-        line = error_line(command("train_voc.py", *write(arch={"args": {"norm_act": "iabn_sync"}})))
-        assert "iabn_sync" in line and "bn_sync or bn" in line
-
-
-class TestDistUrl:
-    def test_a_flag_without_value_is_taken(self, voc_root, tmp_path, command):
-        flags = train_flags(voc_root, tmp_path, epochs=1)
-        result = command("train_voc.py", "--multiprocessing_distributed", "--dist_url", *flags)
-        assert result.returncode == 0, result.stderr
+    @pytest.mark.parametrize(
+        ("text", "words"),
+        [
+            ('{"trainer": {"epoch": 3}}', "unknown key trainer.epoch: did you mean epochs?"),
+            ('{"arch": {"args": {"norm_act": "iabn_sync"}}}', "choose bn_sync or bn"),
+            ('{"optimizer": {"args": {"lr": ' + "9" * 400 + "}}}", "it must be finite"),
+            ("[" * 100_000, "is not valid JSON"),
+        ],
+        ids=lambda text: text[:20],
+    )
+    def test_a_bad_file_is_refused(self, with_file, text, words):
+        assert words in error_line(with_file(text))
 
 
-def help_of(script):
-    return run_script(script, "--help")
+def test_a_dist_url_without_value_is_taken(voc_root, tmp_path, command):
+    flags = train_flags(voc_root, tmp_path, epochs=1)
+    result = command("train_voc.py", "--multiprocessing_distributed", "--dist_url", *flags)
+    assert result.returncode == 0, result.stderr
 
 
-@pytest.mark.parametrize("script", ["train_voc.py", "eval_voc.py"])
-def test_help_explains_every_flag_with_its_default(script):
-    result = help_of(script)
+@pytest.mark.parametrize(("script", "call"), [("train_voc.py", TrainCall), ("eval_voc.py", EvalCall)])
+def test_help_explains_every_flag_with_its_default(command, script, call):
+    result = command(script, "--help")
     assert result.returncode == 0 and result.stderr == ""
     text = " ".join(result.stdout.split())
-    flags = (
+    family = (
         "--data_root --epochs --ep --seed --mbce --kd --ac --learning_rate --lr --batch_size --bs "
         "--crop_size --backbone --backbone_weights --num_workers --replay --kd_mode --pos_weight "
         "--freeze_bn --mem_size --task_name --task_setting --task_step --name --save_dir --dist_url "
         "--multiprocessing_distributed --resume --test -c -d"
-    )
-    for flag in flags.split():
+    ).split()
+    declared = [flag for cls in (call, Config) for o in options(cls) for flag in o.metadata["flags"]]
+    assert set(family) <= set(declared)
+    for flag in declared:
         assert re.search(rf"(?<![\w-]){flag}\b", text), flag
     assert "(default: 15-5)" in text and "(default: 512)" in text

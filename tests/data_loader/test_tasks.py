@@ -63,13 +63,14 @@ def test_label_table_shows_the_visible_classes_in_their_channels(name, setting, 
     for position, c in enumerate(learned):
         if c in visible:
             expected[c] = 1 + position
-    table = get_task(name, setting).label_table(step, split)
+    task = get_task(name, setting)
+    table = task.label_table(task.visible(step, split))
     assert table.dtype == np.uint8
     assert table.tolist() == expected
 
 
 def test_label_table_can_hide_classes_as_void():
-    table = get_task("5-3", "overlap").label_table(1, "train", hidden=255)
+    table = get_task("5-3", "overlap").label_table((6, 7, 8), hidden=255)
     assert table[:21].tolist() == [0, *[255] * 5, 6, 7, 8, *[255] * 12]
 
 

@@ -8,20 +8,20 @@ from pathlib import Path
 
 import torch
 
+from configs.options import Config
 from data_loader.data_loaders import StepData, make_loader
 from tests.helpers import small_config
 from trainer.base_step import BaseStep
 from trainer.evaluate import confusion_matrix, evaluate
-from trainer.health import Health
-from utils.arguments import Run
-from utils.config import Config
+from trainer.meter import Meter
 from utils.distributed import gather, launch, rank
 
 
-def work(config: Config, run: Run) -> None:
+def work(config: Config, output: str) -> None:
     torch.set_default_dtype(torch.float64)
     data = StepData(config)
     trainer = BaseStep(config, data)
+    trainer.prepare()
     trainer.model.train()
     for module in trainer.model.modules():
         if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.Dropout)):
@@ -35,9 +35,9 @@ def work(config: Config, run: Run) -> None:
 
     trainer.optimizer.register_step_pre_hook(keep)
     raw = next(iter(make_loader(trainer.dataset, trainer.batches, 0, pin=False)))
-    health = Health(trainer.loss_parts, trainer.device)
-    trainer.train_iteration(raw, health)
-    loss = health.check(0)["loss"]
+    with Meter("", 1, trainer.device, shown=False) as meter:
+        trainer.train_iteration(raw, meter)
+    loss = meter.means()["loss"]
     void, ids = gather(int((raw["label"] == 255).sum())), gather(raw["id"])
     torch.set_default_dtype(torch.float32)
     trainer.model.float()
@@ -45,7 +45,7 @@ def work(config: Config, run: Run) -> None:
     metrics = evaluate(trainer.model, data, "test", trainer.device)
     if rank() == 0:
         content = {"gradients": found, "loss": loss, "void": void, "ids": ids}
-        torch.save({**content, "counts": torch.from_numpy(counts), "metrics": metrics}, run.output)
+        torch.save({**content, "counts": torch.from_numpy(counts), "metrics": metrics}, output)
 
 
 if __name__ == "__main__":
@@ -55,5 +55,5 @@ if __name__ == "__main__":
     launch(
         work,
         small_config(Path(root), Path(folder), data_loader__args__test__batch_size=3, **settings),
-        Run(ignored=[], output=output),
+        output,
     )

@@ -1,22 +1,21 @@
 """Step 0 and the loop: the loss, the optimiser, resuming, accumulation, losses that are not finite."""
 
 import json
-from types import SimpleNamespace
 
 import pytest
 import torch
 
+from configs.options import Config, TrainCall
 from data_loader.data_loaders import StepData
 from models.deeplabv3 import DeepLabV3
 from tests.helpers import small_config, snapshot
-from trainer import base, base_step
+from trainer import base, base_step, output
 from trainer.base_step import BaseStep
-from trainer.health import Health
-from trainer.monitor import check_monitor
+from trainer.meter import Meter
 from trainer.run import train
-from utils.arguments import Run
+from trainer.setup import precision
+from trainer.validation import Validation
 from utils.checkpoint import final_checkpoint, read_checkpoint
-from utils.config import Config
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -30,7 +29,7 @@ def float64():
 
 
 def run(config, **request) -> None:
-    train(config, Run(ignored=[], **request))
+    train(config, TrainCall(**request))
 
 
 def assert_same(a, b, where="checkpoint"):
@@ -50,6 +49,12 @@ def assert_same(a, b, where="checkpoint"):
         assert a == b, where
 
 
+def prepared(config):
+    trainer = BaseStep(config, StepData(config))
+    trainer.prepare()
+    return trainer
+
+
 def raw_batch(trainer, number=0):
     keys = list(trainer.batches)[number]
     return torch.utils.data.default_collate([trainer.dataset[key] for key in keys])
@@ -59,10 +64,10 @@ class TestLoss:
     @pytest.mark.parametrize("settings", [{}, {"pos_weight": 2.0, "mbce": 0.5, "ac": 0.3}])
     def test_loss_parts_and_gradients_equal_the_formula(self, voc_root, tmp_path, float64, settings):
         config = small_config(voc_root, tmp_path, freeze_bn=True, **settings)
-        trainer = BaseStep(config, StepData(config))
+        trainer = prepared(config)
         trainer.model.eval()
         (batch,) = trainer.to_device(raw_batch(trainer))
-        loss, parts = trainer.training_loss(batch)
+        loss, terms = trainer.training_loss(batch)
         loss.backward()
         found = {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.requires_grad}
         trainer.model.zero_grad()
@@ -81,16 +86,15 @@ class TestLoss:
         expected.backward()
 
         assert abs(loss - expected) < 1e-9
-        assert (parts / batch.valid).tolist() == pytest.approx(
-            [weights.mbce * bce.item(), weights.ac * ac.item()], abs=1e-9
+        assert {name: (sums / batch.valid).item() for name, sums in terms.items()} == pytest.approx(
+            {"bce": weights.mbce * bce.item(), "ac": weights.ac * ac.item()}, abs=1e-9
         )
         for name, parameter in trainer.model.named_parameters():
             if parameter.requires_grad:
                 assert (found[name] - parameter.grad).abs().max() < 1e-9, name
 
     def test_a_batch_of_void_alone_has_a_loss_of_zero(self, voc_root, tmp_path):
-        config = small_config(voc_root, tmp_path)
-        trainer = BaseStep(config, StepData(config))
+        trainer = prepared(small_config(voc_root, tmp_path))
         raw = raw_batch(trainer)
         raw["label"].fill_(255)
         (batch,) = trainer.to_device(raw)
@@ -123,19 +127,18 @@ class TestOptimiser:
         assert all(map(torch.equal, before, [t for m in norms for t in m.state_dict().values()]))
 
     def test_first_iterations_equal_plain_sgd_with_the_poly_schedule(self, voc_root, tmp_path):
-        config = small_config(voc_root, tmp_path, freeze_bn=True, epochs=3)
-        trainer = BaseStep(config, StepData(config))
+        trainer = prepared(small_config(voc_root, tmp_path, freeze_bn=True, epochs=3))
         total = 3 * len(trainer.batches)
         model = DeepLabV3([5], "tiny")
         model.load_state_dict(trainer.model.state_dict())
         model.eval()
         momentum = {}
-        health = Health(trainer.loss_parts, trainer.device)
+        meter = Meter("", total, trainer.device, shown=False)
         trainer.model.eval()
         for i in range(3):
             raw = raw_batch(trainer, i)
             (batch,) = trainer.to_device(raw)
-            trainer.train_iteration(raw, health)
+            trainer.train_iteration(raw, meter)
 
             logits = model(batch.images)
             known = (batch.labels != 255)[:, None]
@@ -244,7 +247,7 @@ class TestSameWeights:
                 voc_root, tmp_path / str(pieces), freeze_bn=True, accumulate=pieces, epochs=1
             )
             trainer = BaseStep(config, StepData(config))
-            monkeypatch.setattr(trainer, "_finish", lambda: None)
+            monkeypatch.setattr(output, "finish", lambda trainer: None)
             trainer.fit()
             states.append(trainer.model.state_dict())
         for key, value in states[0].items():
@@ -340,12 +343,8 @@ class TestLossThatIsNotFinite:
         self, voc_root, tmp_path, monkeypatch, bad, accumulate
     ):
         config = small_config(voc_root, tmp_path, epochs=3, accumulate=accumulate, bs=4)
-        trainer = BaseStep(config, StepData(config))
-        trainer.config.trainer.epochs = 1
-        trainer.fit()
-        trainer.config.trainer.epochs = 3
-        good = snapshot(config.step_dir())
-        weights = {}
+        trainer = prepared(config)
+        weights, good = {}, {}
         calls = []
         plain = trainer.training_loss
         iterations = len(trainer.batches)
@@ -353,11 +352,12 @@ class TestLossThatIsNotFinite:
 
         def loss(batch):
             calls.append(1)
-            value, parts = plain(batch)
-            if len(calls) == 2 * accumulate + 1:
+            value, terms = plain(batch)
+            if len(calls) == (iterations + 2) * accumulate + 1:
+                good.update(snapshot(config.step_dir()))
                 weights.update({n: p.clone() for n, p in trainer.model.named_parameters()})
-                return value * bad, parts * torch.tensor([1.0, bad])
-            return value, parts
+                return value * bad, {**terms, "ac": terms["ac"] * bad}
+            return value, terms
 
         monkeypatch.setattr(trainer, "training_loss", loss)
         trainer.batches.epoch = 1
@@ -365,7 +365,7 @@ class TestLossThatIsNotFinite:
         with pytest.raises(UserError) as ended:
             trainer.fit()
         message = str(ended.value)
-        assert "epoch 2, iteration 3 (bce " in message and ", ac nan)" in message
+        assert "step 0, epoch 2/3, iteration 3 (bce " in message and ", ac nan)" in message
         assert all(image in message for image in images)
         for name, parameter in trainer.model.named_parameters():
             assert torch.equal(parameter, weights[name]), name
@@ -379,11 +379,11 @@ class TestLossThatIsNotFinite:
         plain = trainer.train_epoch
 
         def epoch(loader):
-            parts = plain(loader)
+            losses = plain(loader)
             if trainer.epoch == 1:
                 with torch.no_grad():
                     trainer.model.cls[1].bias[0] = float("inf")
-            return parts
+            return losses
 
         monkeypatch.setattr(trainer, "train_epoch", epoch)
         with pytest.raises(UserError, match="weights are not finite after epoch 2"):
@@ -394,7 +394,7 @@ class TestLossThatIsNotFinite:
 
 class TestMixedPrecision:
     def gradient(self, config):
-        trainer = BaseStep(config, StepData(config))
+        trainer = prepared(config)
         torch.manual_seed(0)
         (batch,) = trainer.to_device(raw_batch(trainer))
         loss, _ = trainer.training_loss(batch)
@@ -417,8 +417,7 @@ class TestMixedPrecision:
     def test_auto_takes_bf16_on_a_gpu_that_need_not_emulate_it(self, monkeypatch, native, dtype):
         supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
-        on_a_gpu = SimpleNamespace(config=Config(), device=torch.device("cuda"))
-        assert BaseStep._amp_dtype(on_a_gpu) == dtype
+        assert precision(Config(), torch.device("cuda")) == dtype
 
     @pytest.mark.parametrize("changes", [{}, {"amp_dtype": "fp16"}, {"use_amp": False}])
     def test_else_the_cpu_computes_in_float32(self, voc_root, tmp_path, changes):
@@ -444,4 +443,4 @@ class TestMixedPrecision:
 )
 def test_a_monitor_that_could_never_work_is_refused(voc_root, tmp_path, changes, message):
     with pytest.raises(UserError, match=message):
-        check_monitor(small_config(voc_root, tmp_path, **changes))
+        Validation(small_config(voc_root, tmp_path, **changes))

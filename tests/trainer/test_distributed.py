@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from configs.options import Config
 from tests.helpers import run_script, train_flags
-from utils.config import Config
 from utils.distributed import _join, free_port
 from utils.errors import UserError
 
@@ -47,7 +47,7 @@ def test_two_processes_have_the_gradients_loss_and_evaluation_of_one(one, voc_ro
 
 WRAPPED = """
 import os, torch
-from utils.config import Config
+from configs.options import Config
 from utils.distributed import launch
 
 def work(config):
@@ -68,7 +68,7 @@ def test_no_thread_of_the_group_is_left_for_the_interpreter_to_trip_over(tmp_pat
 
 FAILING = """
 import sys, torch.distributed as dist
-from utils.config import Config
+from configs.options import Config
 from utils.distributed import launch
 from utils.errors import UserError
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+from configs.options import TrainCall
 from data_loader.data_loaders import StepData
 from data_loader.memory import read_manifest
 from data_loader.tasks import CLASS_NAMES, get_task
@@ -24,12 +25,11 @@ from scripts.plain import (
 )
 from tests.helpers import error_line, small_config, snapshot, train_flags
 from tests.no_waiting import no_waiting
-from trainer import incremental
+from trainer import incremental, output
 from trainer.base_step import BaseStep
-from trainer.health import Health
 from trainer.incremental import IncrementalStep
+from trainer.meter import Meter
 from trainer.run import train
-from utils.arguments import Run
 from utils.checkpoint import final_checkpoint, read_checkpoint
 from utils.errors import UserError
 from utils.logging import log
@@ -47,7 +47,7 @@ def settings(root, save_dir, step=1, **changes):
 
 
 def run(config, **request) -> None:
-    train(config, Run(ignored=[], **request))
+    train(config, TrainCall(**request))
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,9 @@ def step_1(voc_root, tmp_path, step_0):
 
     def make(**changes):
         config = settings(voc_root, tmp_path / "step_1", **changes)
-        return IncrementalStep(config, StepData(config), None, step_0)
+        trainer = IncrementalStep(config, StepData(config), None, step_0)
+        trainer.prepare()
+        return trainer
 
     return make
 
@@ -117,9 +119,9 @@ def one_iteration(trainer, number=0):
     """Mean loss and parts of one iteration, as they are reported."""
     trainer.model.train()
     incremental_mode(trainer)
-    health = Health(trainer.loss_parts, trainer.device, trainer.data.step)
-    trainer.train_iteration(raw_batch(trainer, number), health)
-    return health.check(0)
+    meter = Meter("", 1, trainer.device, shown=False)
+    trainer.train_iteration(raw_batch(trainer, number), meter)
+    return meter.means()
 
 
 def incremental_mode(trainer):
@@ -283,7 +285,7 @@ class TestStart:
 
     def test_the_teacher_and_the_frozen_statistics_do_not_move(self, step_1, monkeypatch):
         trainer = step_1()
-        monkeypatch.setattr(trainer, "_finish", lambda: None)
+        monkeypatch.setattr(output, "finish", lambda trainer: None)
         teacher, student = state(trainer.teacher), state(trainer.model)
         modes = []
         plain = trainer.training_loss
@@ -314,9 +316,9 @@ class TestStart:
     def test_batch_normalisation_learns_unless_it_is_frozen(self, step_1):
         trainer = step_1(freeze_bn=False)
         before = state(trainer.model)
-        health = Health(trainer.loss_parts, trainer.device, 1)
+        meter = Meter("", 1, trainer.device, shown=False)
         trainer.model.train()
-        trainer.train_iteration(raw_batch(trainer), health)
+        trainer.train_iteration(raw_batch(trainer), meter)
         after = state(trainer.model)
         changed = {key for key in after if not torch.equal(before[key], after[key])}
         assert {"aspp.last_conv.1.running_mean", "aspp.last_conv.1.weight"} <= changed
@@ -424,12 +426,12 @@ class TestLoss:
         trainer.model.train()
         incremental_mode(trainer)
         batches = trainer.to_device(raw_batch(trainer))
-        found = SimpleNamespace(loss=0.0, parts=torch.zeros(2), grad=None)
+        found = SimpleNamespace(loss=0.0, terms={"bce": 0.0, "kd": 0.0}, grad=None)
         for batch in batches:
-            loss, parts = trainer.training_loss(batch)
+            loss, terms = trainer.training_loss(batch)
             loss.backward()
             found.loss += loss.item()
-            found.parts += parts / batch.valid
+            found.terms = {k: found.terms[k] + (v / batch.valid).item() for k, v in terms.items()}
         named = [(n, p) for n, p in trainer.model.named_parameters() if p.requires_grad]
         found.grad = {n: p.grad.clone() for n, p in named}
         trainer.model.zero_grad()
@@ -437,7 +439,8 @@ class TestLoss:
         (whole,) = whole_batch(trainer, raw_batch(trainer))
         expected = plain_loss(trainer, whole)
         (expected[0] + expected[1]).backward()
-        assert found.parts.tolist() == pytest.approx([e.item() for e in expected], rel=1e-9, abs=1e-12)
+        values = [e.item() for e in expected]
+        assert list(found.terms.values()) == pytest.approx(values, rel=1e-9, abs=1e-12)
         assert found.loss == pytest.approx(sum(e.item() for e in expected), rel=1e-9)
         for name, parameter in named:
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -457,10 +460,10 @@ class TestLoss:
         def loss_and_gradient(batch, ignore_thresh):
             settings.ignore_thresh = ignore_thresh
             trainer.model.zero_grad()
-            loss, parts = trainer.training_loss(batch)
+            loss, terms = trainer.training_loss(batch)
             loss.backward()
-            assert loss.item() == pytest.approx(parts.sum().item() / batch.valid.item())
-            return *parts.tolist(), trainer.model.cls[1].weight.grad.clone()
+            assert loss.item() == pytest.approx(sum(terms.values()).item() / batch.valid.item())
+            return terms["bce"].item(), terms["kd"].item(), trainer.model.cls[1].weight.grad.clone()
 
         full_size = best_old_scores(scores, batch.labels.shape[-2:])
         doubtful = (batch.labels == 0) & (full_size >= 0.5) & (full_size < 0.7)
@@ -482,18 +485,18 @@ class TestLoss:
         raw = raw_batch(trainer)
         raw["label"].fill_(255)
         (batch,) = trainer.to_device(raw)
-        loss, parts = trainer.training_loss(batch)
-        assert loss.item() == 0 and not parts.any()
+        loss, terms = trainer.training_loss(batch)
+        assert loss.item() == 0 and not any(terms.values())
 
     def test_a_whole_iteration_waits_for_nothing(self, step_1):
         trainer = step_1()
         raw = raw_batch(trainer)
         trainer.model.train()
         incremental_mode(trainer)
-        health = Health(trainer.loss_parts, trainer.device, 1)
+        meter = Meter("", 1, trainer.device, shown=False)
         before = state(trainer.model)
         with no_waiting():
-            trainer.train_iteration(raw, health)
+            trainer.train_iteration(raw, meter)
         assert not same_state(state(trainer.model), before)
 
 
@@ -663,7 +666,7 @@ class TestLossThatIsNotFinite:
         with pytest.raises(UserError) as ended:
             trainer.fit()
         message = str(ended.value)
-        assert "step 1, epoch 1, iteration 2 (bce nan, kd nan)" in message
+        assert "step 1, epoch 1/1, iteration 2 (bce nan, kd nan)" in message
         assert ", ".join(ids) in message
         assert len(calls) > 2
         assert same_state(state(trainer.model), kept)

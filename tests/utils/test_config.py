@@ -1,16 +1,15 @@
-"""Configuration: the family's shape, types and ranges, flags on top."""
+"""Configuration: the family's shape, types and ranges, flags on top, and what a call asks for."""
 
-import argparse
 import json
 
 import pytest
 
+from configs.options import ACCEPTED, Config, load_config, read_eval, read_train
 from tests.helpers import PROJECT
-from utils.arguments import parse_train
-from utils.config import Config
-from utils.config_file import IGNORED, differences, load_config
+from utils.config import differences, options, put
 from utils.errors import UserError
-from utils.flags import FLAGS, add_config_flags, apply_flags
+
+HARMLESS = {key: (allowed or [True])[0] for key, allowed in ACCEPTED.items()}
 
 
 def write(tmp_path, content):
@@ -29,16 +28,14 @@ def refusal(tmp_path, content):
     path = write(tmp_path, content)
     with pytest.raises(UserError) as refused:
         load_config(path)
-    assert str(path) in str(refused.value) and "\n" not in str(refused.value)
+    assert str(refused.value).startswith(str(path)) and "\n" not in str(refused.value)
     return str(refused.value)
 
 
-def with_flags(*flags):
-    config = Config()
-    parser = argparse.ArgumentParser()
-    add_config_flags(parser, config)
-    apply_flags(config, parser.parse_args([str(flag) for flag in flags]))
-    return config
+def with_flags(*flags, file=None):
+    """The configuration of a call with these flags, on top of a file or of the defaults."""
+    files = ["-c", str(file)] if file else []
+    return read_train([*files, *map(str, flags)])[0]
 
 
 class TestFiles:
@@ -56,6 +53,9 @@ class TestFiles:
         crops = {s.args.transform_args.crop_size for s in (config.data.train, config.data.test)}
         assert crops == {512}
 
+    def test_the_defaults_are_the_papers_settings(self):
+        assert load_config(PROJECT / "configs" / "config_voc.json")[0] == Config()
+
     def test_the_variant_differs_in_the_mixing_only(self):
         names = ("config_voc.json", "config_voc_plus.json")
         paper, plus = (load_config(PROJECT / "configs" / name)[0] for name in names)
@@ -68,18 +68,37 @@ class TestFiles:
         assert again == config and ignored == []
         assert differences(again, config) == []
 
-    @pytest.mark.parametrize("key", IGNORED)
-    def test_keys_without_meaning_are_reported(self, tmp_path, key):
-        harmless = (IGNORED[key] or [True])[0]
-        config, ignored = load_config(write(tmp_path, nested(key, harmless)))
-        assert ignored == [key] and config == Config()
+    def test_keys_that_former_versions_wrote_are_accepted(self, tmp_path):
+        """A config.json with the keys that have one possible value is the same experiment."""
+        content = Config().to_dict()
+        for path, value in HARMLESS.items():
+            *parents, key = path.split(".")
+            inner = content
+            for parent in parents:
+                inner = inner.setdefault(parent, {})
+            inner[key] = value
+        config, ignored = load_config(write(tmp_path, content))
+        assert config == Config() and differences(config, Config()) == []
+        assert sorted(ignored) == sorted(path for path, allowed in ACCEPTED.items() if allowed is None)
 
     @pytest.mark.parametrize(
-        ("key", "value"),
-        [("data_loader.args.val.cross_val", True), ("hyperparameter.loss_lovasz", 1)],
+        ("key", "value", "allowed"),
+        [
+            ("arch.type", "DeepLabV2", '"DeepLabV3"'),
+            ("arch.args.output_stride", 8, "16"),
+            ("optimizer.type", "Adam", '"SGD"'),
+            ("lr_scheduler.type", None, '"PolyLR"'),
+            ("data_loader.type", ["VOC"], '"VOCIncrementalDataLoader"'),
+            ("data_loader.args.train.args.transform", False, "true"),
+            ("data_loader.args.val.cross_val", True, "false"),
+            ("hyperparameter.loss_lovasz", 1, "0"),
+            ("n_gpu", "all", "0"),
+            ("evaluator", {"type": "Other"}, '{"type": "Evaluator", "args": {}}'),
+        ],
     )
-    def test_keys_that_would_mean_something_are_refused(self, tmp_path, key, value):
-        assert f"{key} is not supported here" in refusal(tmp_path, nested(key, value))
+    def test_other_values_of_those_keys_are_refused(self, tmp_path, key, value, allowed):
+        message = refusal(tmp_path, nested(key, value))
+        assert f": {key} is {json.dumps(value)}; allowed: {allowed}, or leave it out" in message
 
     @pytest.mark.parametrize(
         ("key", "nearest"),
@@ -106,38 +125,46 @@ class TestFiles:
             ("use_amp", 1, "use_amp must be true or false, not 1"),
             ("optimizer.args.lr", "fast", "optimizer.args.lr must be a number"),
             ("optimizer.args.lr", False, "must be a number"),
+            ("optimizer.args.lr", float("nan"), "optimizer.args.lr is nan; it must be finite"),
+            ("optimizer.args.lr", float("inf"), "it must be finite"),
+            ("optimizer.args.lr", 10**400, "lr is a number of 401 digits; it must be finite"),
             ("name", 3, "name must be a string"),
+            ("name", "two\nlines", r"name is 'two\nlines'; it must be printable, in one line"),
             ("trainer", 3, "trainer must be a JSON object, not 3"),
             ("metrics", "mIoU", "metrics must be a list"),
-            ("metrics", ["mIoU"], "allowed: Pixel_Accuracy"),
+            ("metrics", ["mIoU"], "metrics has 'mIoU'; allowed: Pixel_Accuracy"),
             ("trainer.epochs", 0, "trainer.epochs is 0; it must be at least 1"),
             ("optimizer.args.momentum", 1.5, "it must be at most 1"),
             ("arch.args.backbone", "vgg", "allowed: resnet101, resnet50, tiny"),
-            ("arch.args.output_stride", 8, "allowed: 16"),
-            ("arch.args.norm_act", "iabn_sync", "arch.args.norm_act iabn_sync needs"),
+            (
+                "arch.args.norm_act",
+                "iabn_sync",
+                "which is not used here: choose bn_sync or bn",
+            ),
             ("arch.args.norm_act", "gn", "allowed: bn_sync, bn"),
-            ("data_loader.args.task.setting", "both", "allowed: overlap, disjoint, sequential"),
             ("data_loader.args.train.args.masking_value", 7, "allowed: 0, 255"),
             ("hyperparameter.kd", -1, "hyperparameter.kd is -1.0; it must be at least 0"),
-            ("optimizer.type", "Adam", "allowed: SGD"),
         ],
     )
     def test_wrong_types_and_values_name_the_key_and_what_is_allowed(self, tmp_path, key, value, words):
         assert words in refusal(tmp_path, nested(key, value))
 
-    @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
-    def test_numbers_must_be_finite(self, tmp_path, number):
-        assert "optimizer.args.lr" in refusal(
-            tmp_path, f'{{"optimizer": {{"args": {{"lr": {number}}}}}}}'
-        )
-
     def test_integers_serve_as_numbers(self, tmp_path):
         config, _ = load_config(write(tmp_path, {"hyperparameter": {"pos_weight": 2}}))
         assert type(config.hyperparameter.pos_weight) is float
 
-    @pytest.mark.parametrize("text", ["", "{", "[1]", "3", '{"seed": 1,}', "\x00"])
+    @pytest.mark.parametrize(
+        "text",
+        ["", "{", "[1]", "3", '{"seed": 1,}', "\x00", "[" * 100_000, '{"trainer":' * 100_000],
+        ids=lambda text: text[:12],
+    )
     def test_files_that_are_no_json_object(self, tmp_path, text):
         refusal(tmp_path, text)
+
+    @pytest.mark.parametrize("key", ["trainer.verbosity", "optimizer.args.lr", "name", "n_gpu"])
+    @pytest.mark.parametrize("digits", [400, 5000])
+    def test_numbers_of_many_digits_are_refused(self, tmp_path, key, digits):
+        refusal(tmp_path, json.dumps(nested(key, "@")).replace('"@"', "9" * digits))
 
     def test_missing_file_and_folder(self, tmp_path):
         for path in (tmp_path / "nowhere.json", tmp_path):
@@ -166,29 +193,42 @@ class TestFlags:
         assert config.dist_url is None and config.name == "x"
         assert with_flags("--dist_url", "tcp://a:1").dist_url == "tcp://a:1"
 
-    def test_flags_that_are_not_given_change_nothing(self):
-        assert with_flags() == Config()
+    def test_none_takes_an_option_back(self, tmp_path):
+        path = write(tmp_path, {"hyperparameter": {"ignore_thresh": 0.5, "paste": {"max_upscale": 2}}})
+        config = with_flags("--ignore_thresh", "none", "--max_upscale", "none", file=path)
+        assert config == Config()
 
     def test_two_configs_do_not_share_their_parts(self):
         with_flags("--lr", 9)
-        assert Config().optimizer.args.lr == 1e-3
+        Config().metrics.clear()
+        assert Config().optimizer.args.lr == 1e-3 and len(Config().metrics) == 3
 
-    def test_every_flag_names_an_option_that_exists(self):
-        for paths in FLAGS.values():
-            for path in paths:
-                value = Config().to_dict()
-                for key in path.split("."):
-                    value = value[key]
-
-    def test_flags_override_the_file(self, tmp_path):
+    def test_flags_override_the_file_and_others_leave_it(self, tmp_path):
         path = write(tmp_path, {"trainer": {"epochs": 7}, "seed": 3})
-        config, run = parse_train(["-c", str(path), "--epochs", "9"])
+        config, call = read_train(["-c", str(path), "--epochs", "9"])
         assert config.trainer.epochs == 9 and config.seed == 3
-        assert not run.overwrite and run.resume is None
+        config.trainer.epochs, config.seed = Config().trainer.epochs, Config().seed
+        assert config == Config() and not call.overwrite and call.resume is None
+
+    def test_an_evaluation_takes_its_settings_from_beside_the_checkpoint(self, tmp_path):
+        """But for how the processes of the training were started."""
+        (tmp_path / "c.pth").touch()
+        started = {"world_size": 4, "rank": 2, "dist_url": "tcp://a:1", "seed": 7}
+        (tmp_path / "config.json").write_text(json.dumps(started))
+        config, call = read_eval(["-r", str(tmp_path / "c.pth"), "--crop_size", "96"])
+        assert (config.world_size, config.rank, config.dist_url, config.seed) == (1, 0, None, 7)
+        assert config.data.test.args.transform_args.crop_size == 96 and call.score == 0.5
+        asked = ["-r", str(tmp_path / "c.pth"), "-c", str(tmp_path / "config.json")]
+        assert read_eval(asked)[0].world_size == 4
 
 
 class TestExperiment:
     def test_places_and_workers_make_no_other_experiment(self):
+        config = Config()
+        for option in options(Config):
+            if option.metadata["incidental"]:
+                put(config, option.path, "other")
+        assert differences(Config(), config) == []
         changed = with_flags("--num_workers", 0, "--data_root", "x", "--save_dir", "y")
         assert differences(Config(), changed) == []
 
