@@ -524,7 +524,8 @@ def plain_loss(trainer, batch):
     weights = torch.zeros(len(labels), 0, *size)
     soft = plain_soft_labels(labels, classes, weights, 17)
     if trainer.paste:
-        composite = trainer.paste(images, batch.labels, labels, batch.numbers, batch.replayed)
+        paste, sample = trainer.paste, (batch.epoch, batch.indices)
+        composite = paste(images, batch.labels, labels, *sample, batch.replayed)
         pasted = plain_paste(
             hyper.paste,
             size[0],
@@ -534,7 +535,8 @@ def plain_loss(trainer, batch):
             images,
             batch.labels,
             labels,
-            trainer.paste.numbers.split(batch.numbers),
+            paste.views(batch.epoch),
+            paste.random_numbers(*sample),
             batch.replayed,
         )
         assert any(p.pastes for p in pasted)
@@ -578,7 +580,7 @@ CHOICES = [
     {"ignore_thresh": 0.5},
     {"replay": "none", "kd_mode": "none", "pseudo_labels": False},
     {"class_combination": False, "position": False, "fusion": False},
-    {"pastes": 1, "fill_in": "none", "max_upscale": 1.0, "paste_augment": False},
+    {"pastes": 1, "fill_in": "none", "max_upscale": 1.0, "paste_augment": "off"},
     {"accumulate": 3},
     {"bs": 1},
     {"task_setting": "disjoint"},
