@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from utils.arguments import parse_eval, parse_train
 
 from configs.options import parse_eval, parse_train
 from data_loader import voc
