@@ -1,0 +1,35 @@
+"""What the documents say of the project: the tests, files and flags that they name exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parents[1]
+DOCUMENTS = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
+
+
+def test_every_test_that_a_document_names_exists():
+    files = {path.name: path.read_text() for path in (PROJECT / "tests").rglob("test_*.py")}
+    named = {
+        (document.name, *match)
+        for document in DOCUMENTS
+        for match in re.findall(r"(test_\w+\.py)::(\w+)", document.read_text())
+    }
+    assert named
+    missing = [
+        (document, file, name)
+        for document, file, name in sorted(named)
+        if not re.search(rf"^\s*(def|class) {name}\b", files.get(file, ""), re.MULTILINE)
+    ]
+    assert not missing
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_scripts_and_configurations_that_it_names_exist(document):
+    named = set(
+        re.findall(
+            r"\b(?:scripts|configs|docs)/[\w/.-]+\.(?:py|sh|json|slurm|md)\b", document.read_text()
+        )
+    )
+    assert not [name for name in sorted(named) if not (PROJECT / name).is_file()]
