@@ -131,7 +131,9 @@ class EvalSetArgs:
 @dataclass
 class TrainSet:
     args: TrainSetArgs = section(TrainSetArgs)
-    batch_size: int = option(32, "images per batch and process", ("--bs", "--batch_size"), low=1)
+    batch_size: int = option(
+        32, "images per batch and process", ("--bs", "--batch_size"), low=1, incidental=True
+    )
 
 
 @dataclass
@@ -289,7 +291,9 @@ class TrainerSection:
     early_stop: int = option(-1, "validations without improvement before stopping, -1: off", low=-1)
     reset_best_mnt: bool = option(False, "forget the best value when resuming", incidental=True)
     tensorboard: bool = option(False, "TensorBoard events, if it is installed", incidental=True)
-    accumulate: int = option(1, "micro-batches that a batch is split into", "--accumulate", low=1)
+    accumulate: int = option(
+        1, "micro-batches that a batch is split into", "--accumulate", low=1, incidental=True
+    )
     log_interval: int = option(10, "iterations between progress reports", low=1, incidental=True)
 
 

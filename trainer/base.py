@@ -27,7 +27,7 @@ from trainer.setup import (
     seed_everything,
 )
 from trainer.validation import Validation
-from utils.checkpoint import load_weights, read_checkpoint
+from utils.checkpoint import write_json
 from utils.distributed import all_sum, broadcast, device, peak_memory, rank, world_size
 from utils.logging import EpochRecords, log
 from utils.visualize import VOID
@@ -73,10 +73,12 @@ class Trainer:
         seed_everything(config.seed, 0)
         torch.backends.cudnn.benchmark = True
 
-        self.resume, self.resumed = resume, read_checkpoint(resume) if resume else None
-        self.model = DeepLabV3(data.classes, config.arch.args.backbone)
-        if self.resumed:
-            load_weights(self.model, self.resumed["state_dict"], resume)
+        backbone = config.arch.args.backbone
+        self.resume, self.resumed = resume, None
+        if resume:
+            self.model, self.resumed = output.read_model(resume, data, backbone, data.step)
+        else:
+            self.model = DeepLabV3(data.classes, backbone)
         self.initialize(fresh=self.resumed is None)
         self.model.to(self.device, memory_format=torch.channels_last)
         check_batch_size(config, [config.data.train.batch_size] * world_size())
@@ -124,6 +126,8 @@ class Trainer:
         if self.resumed:
             output.restore(self, self.resumed, self.resume)
             self.resumed = None
+        if rank() == 0:
+            write_json(self.folder / "made_from.json", output.made_from(self))
 
     def fit(self) -> None:
         """Train the remaining epochs, then evaluate on the test images and write metrics.json."""

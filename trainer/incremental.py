@@ -4,13 +4,12 @@ import torch
 
 from data_loader.dataset import TrainDataset
 from data_loader.paste import Bank, Composite, PasteAugmentation
-from models.deeplabv3 import DeepLabV3, upsample_logits
+from models.deeplabv3 import upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
 from trainer.base import Batch, Trainer
-from trainer.output import check_order
+from trainer.output import read_model
 from trainer.pseudo_labels import ignore_doubtful, pseudo_labels
 from trainer.setup import trainable
-from utils.checkpoint import load_weights, read_checkpoint
 from utils.logging import log
 
 
@@ -19,17 +18,15 @@ class IncrementalStep(Trainer):
 
     def initialize(self, fresh: bool) -> None:
         """The teacher is the model of step t-1; the student starts from it, with a new classifier."""
-        checkpoint = read_checkpoint(self.previous)
-        check_order(checkpoint, self.data, self.previous)
-        self.teacher = DeepLabV3(self.data.classes[:-1], self.config.arch.args.backbone)
-        load_weights(self.teacher, checkpoint["state_dict"], self.previous)
+        backbone, before = self.config.arch.args.backbone, self.data.step - 1
+        self.teacher, checkpoint = read_model(self.previous, self.data, backbone, before)
         self.teacher.eval().requires_grad_(False)
         self.teacher.to(self.device, memory_format=torch.channels_last)
         if fresh:
             self.model.load_state_dict(self.teacher.state_dict(), strict=False)
             if self.config.hyperparameter.ac > 0:
                 self._start_from_auxiliary()
-        if checkpoint.get("format") != "eir-1" or checkpoint["ac"] > 0:
+        if checkpoint.get("format") != "eir-1" or checkpoint.get("ac", 0) > 0:
             log.warning(
                 f"{self.previous} may hold an auxiliary classifier (DKD) in place of the background's: "
                 "the teacher's background score then means nothing to the distillation"

@@ -1,6 +1,7 @@
 """What a step leaves in its folder, and what a later call finds there.
 
 config.json          the settings
+made_from.json       what the step was made from: digests of the model before and of the memory, the batch
 memory/              the memory that the step replays (data_loader/memory.py)
 last.pth             checkpoint of the latest epoch, to resume from
 model_best.pth       checkpoint of the best validation, if a value is monitored
@@ -8,19 +9,33 @@ checkpoint-epoch<E>.pth   the final checkpoint, and those that save_period asks 
 metrics.json         the test results; written last, it marks the step as finished
 """
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from configs.options import Config, TrainCall, load_config
 from data_loader.data_loaders import StepData
+from models.deeplabv3 import DeepLabV3
 from trainer.evaluate import evaluate
-from utils.checkpoint import final_checkpoint, numbered_checkpoints, save_checkpoint, write_json
+from trainer.setup import bn_images
+from utils.checkpoint import (
+    content_digest,
+    final_checkpoint,
+    load_weights,
+    numbered_checkpoints,
+    read_checkpoint,
+    read_json_object,
+    save_checkpoint,
+    write_json,
+)
 from utils.config import differences
-from utils.distributed import barrier, rank
+from utils.distributed import barrier, rank, world_size
 from utils.errors import UserError
 from utils.logging import log
-from utils.metrics import format_table
+from utils.metrics import GROUPS, METRICS, format_table
 
 if TYPE_CHECKING:
     from trainer.base import Trainer
@@ -29,18 +44,45 @@ if TYPE_CHECKING:
 # Before training: what is there.
 
 
-def is_finished(config: Config) -> bool:
-    """True if the step has its results; UserError if they come from other settings."""
+def is_finished(config: Config, processes: int | None = None) -> bool:
+    """True if the step has its results; UserError if they come from other settings or another model.
+
+    processes: of this call, which share its batch; None leaves the size of the batch unchecked.
+    """
     folder = config.step_dir()
-    if not ((folder / "metrics.json").is_file() and (folder / "config.json").is_file()):
+    if not has_results(folder) or not (folder / "config.json").is_file():
         return False
     changed = differences(load_config(folder / "config.json")[0], config)
+    batch = (read_json_object(folder / "made_from.json") or {}).get("batch")
+    asked = config.data.train.batch_size * (processes or 0)
+    if processes and batch is not None and batch != asked:
+        changed.append(f"a batch of {batch} images, not {asked}, over all processes")
     if changed:
         raise UserError(
             f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
             "another --name or --save_dir, or --overwrite it"
         )
+    check_not_stale(config, config.task.step)
     return True
+
+
+def has_results(folder: Path) -> bool:
+    """True if metrics.json is there and whole: the step in the folder is finished."""
+    metrics = read_json_object(folder / "metrics.json") or {}
+    return all(isinstance(metrics.get(m), dict) and metrics[m].keys() >= {*GROUPS} for m in METRICS)
+
+
+def check_not_stale(config: Config, step: int) -> None:
+    """Raise UserError if a step was trained from another model than the one before it is now."""
+    folder = config.step_dir(step)
+    used = (read_json_object(folder / "made_from.json") or {}).get("previous")
+    before = final_checkpoint(config.step_dir(step - 1)) if step else None
+    if used and before and (read_json_object(folder / "made_from.json") or {}).get("own_previous"):
+        if content_digest(before) != used:
+            raise UserError(
+                f"{folder} was trained from another model of step {step - 1} than {before} is now: "
+                f"train it anew (--task_step {step} --overwrite)"
+            )
 
 
 def where_to_start(config: Config, call: TrainCall) -> Path | None:
@@ -90,12 +132,30 @@ def previous_checkpoint(config: Config, call: TrainCall) -> Path:
     step = config.task.step - 1
     folder = config.step_dir(step)
     path = final_checkpoint(folder)
-    if path is None or not (folder / "metrics.json").is_file():
+    if path is None or not has_results(folder):
         raise UserError(
             f"step {step} is not finished in {folder}: train it first (--task_step {step}), or give "
             "its model with --prev_checkpoint FILE"
         )
+    check_not_stale(config, step)
     return path
+
+
+def read_model(path: Path, data: StepData, backbone: str, step: int) -> tuple[DeepLabV3, dict]:
+    """The model of a step of the data's task, from a checkpoint, and the checkpoint.
+
+    Raises UserError if the file is no checkpoint, is damaged, is of another architecture, or learned
+    other classes or the same in another order.
+    """
+    content = read_checkpoint(path)
+    order = content.get("order")
+    if order is not None and order != list(data.task.order[: len(order)]):
+        raise UserError(
+            f"{path} learned other classes than {data.task.name} has there, or in another order"
+        )
+    model = DeepLabV3(data.classes[: step + 1], backbone)
+    load_weights(model, content["state_dict"], path)
+    return model, content
 
 
 def begin(config: Config, resumed: bool, overwrite: bool) -> None:
@@ -105,9 +165,10 @@ def begin(config: Config, resumed: bool, overwrite: bool) -> None:
     goes on with it.
     """
     folder = config.step_dir()
+    # what marks the step as finished goes first: a kill in between leaves an unfinished step
+    (folder / "metrics.json").unlink(missing_ok=True)
     if not resumed:
-        # what marks the step as finished goes first: a kill in between leaves an unfinished step
-        for pattern in ("metrics.json", "last.pth", "model_best.pth", "checkpoint-epoch*.pth"):
+        for pattern in ("last.pth", "model_best.pth", "checkpoint-epoch*.pth", "made_from.json"):
             for path in folder.glob(pattern):
                 path.unlink()
         if overwrite:
@@ -117,6 +178,8 @@ def begin(config: Config, resumed: bool, overwrite: bool) -> None:
             log.warning(
                 f"{later} was trained from the step that is trained anew here: --overwrite it too"
             )
+    for unfinished in folder.glob(".*.unfinished"):  # of a run that was killed while it wrote them
+        unfinished.unlink()
     write_json(folder / "config.json", config.to_dict())
 
 
@@ -138,22 +201,75 @@ def checkpoint(trainer: "Trainer") -> dict:
         "best": trainer.validation.best,
         "stale": trainer.validation.stale,
         "ac": config.hyperparameter.ac,
+        "made_from": made_from(trainer),
     }
+
+
+def made_from(trainer: "Trainer") -> dict:
+    """What a step is made from, beside its settings.
+
+    previous, own_previous: digest of the model before, and whether that is the own run's step t-1;
+    memory: digest of the memory's manifest; batch: images of an update, over all processes; bn_batch:
+    images that batch normalisation takes its statistics over, None where it is frozen; processes: how
+    many there are, at step 0 alone, where dropout has a generator in each.
+    """
+    config, previous = trainer.config, trainer.previous
+    own = (
+        bool(previous) and previous.parent.resolve() == config.step_dir(trainer.data.step - 1).resolve()
+    )
+    manifest = trainer.folder / "memory" / "manifest.json"
+    replays = trainer.dataset.memory is not None
+    return {
+        "previous": content_digest(previous) if previous else None,
+        "own_previous": own,
+        "memory": hashlib.sha256(manifest.read_bytes()).hexdigest() if replays else None,
+        "batch": config.data.train.batch_size * world_size(),
+        "bn_batch": bn_images(config, trainer.batches.sizes()),
+        "processes": None if trainer.data.step else world_size(),
+    }
+
+
+# What a difference in made_from means to somebody who resumes, and the way out.
+CANNOT_GO_ON = {
+    "previous": "the model of the step before has changed since then; --overwrite trains this step anew",
+    "memory": "its memory has changed since then; --overwrite trains this step anew",
+    "batch": "an update took {old} images over all processes, now {new}: choose --bs and processes so "
+    "that they make {old}",
+    "bn_batch": "batch normalisation took its statistics over {old} images, now over {new}: resume with "
+    "the same processes, --bs and --accumulate",
+    "processes": "it ran in {old} processes, now in {new}, and the dropout of step 0 depends on that: "
+    "resume with {old}",
+}
 
 
 def restore(trainer: "Trainer", content: dict, path: Path) -> None:
     """Put a trainer where a checkpoint left it; UserError if that does not fit."""
+    old, new = content.get("made_from", {}), made_from(trainer)
+    for key, reason in CANNOT_GO_ON.items():
+        if key in old and old[key] != new[key]:
+            reason = reason.format(old=old[key], new=new[key])
+            raise UserError(f"{path} cannot be resumed from: {reason}")
     try:
+        iterations = content["lr_scheduler"]["total_iters"]
+        if iterations != trainer.scheduler.total_iters:
+            raise ValueError(
+                f"its schedule has {iterations} iterations, this run's {trainer.scheduler.total_iters}"
+            )
+        if type(content["epoch"]) is not int:
+            raise ValueError(f"its epoch is {content['epoch']!r}")
+        if not 0 <= content["epoch"] <= trainer.config.trainer.epochs:
+            raise ValueError(f"it is at epoch {content['epoch']} already")
         trainer.optimizer.load_state_dict(content["optimizer"])
+        for parameter, state in trainer.optimizer.state.items():
+            if any(torch.is_tensor(v) and v.shape != parameter.shape for v in state.values()):
+                raise ValueError("a momentum has another shape than its parameter")
         trainer.scheduler.load_state_dict(content["lr_scheduler"])
         if trainer.scaler.is_enabled() and content["scaler"]:
             trainer.scaler.load_state_dict(content["scaler"])
         trainer.epoch = content["epoch"]
-        if trainer.epoch > trainer.config.trainer.epochs:
-            raise ValueError(f"it is at epoch {trainer.epoch} already")
         if not trainer.config.trainer.reset_best_mnt:
             trainer.validation.best, trainer.validation.stale = content["best"], content["stale"]
-    except (KeyError, ValueError) as error:
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} cannot be resumed from: its training state does not fit ({error}); "
             "--overwrite trains the step anew"
@@ -200,12 +316,3 @@ def finish(trainer: "Trainer") -> None:
 
 def _numbered(trainer):
     return trainer.folder / f"checkpoint-epoch{trainer.epoch}.pth"
-
-
-def check_order(content: dict, data: StepData, path: Path) -> None:
-    """Raise UserError if a checkpoint learned other classes, or in another order."""
-    order = content.get("order")
-    if order is not None and order != list(data.task.order[: len(order)]):
-        raise UserError(
-            f"{path} learned other classes than {data.task.name} has there, or in another order"
-        )

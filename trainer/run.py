@@ -1,18 +1,18 @@
 """One call of an entry point, in one process: train a step, or evaluate a checkpoint."""
 
+import os
 from pathlib import Path
 
 import torch
 
 from configs.options import Config, EvalCall, TrainCall
 from data_loader.data_loaders import StepData
-from models.deeplabv3 import DeepLabV3
 from trainer import output
 from trainer.base_step import BaseStep
 from trainer.evaluate import evaluate
 from trainer.incremental import IncrementalStep
-from utils.checkpoint import final_checkpoint, load_weights, read_checkpoint, write_json
-from utils.distributed import barrier, device, rank
+from utils.checkpoint import final_checkpoint, lock, write_json
+from utils.distributed import barrier, device, rank, world_size
 from utils.errors import UserError
 from utils.logging import log, set_up_logging
 from utils.metrics import format_table
@@ -29,7 +29,7 @@ def train(config: Config, call: TrainCall) -> None:
         named = call.resume and call.resume != "auto"
         _evaluate(config, Path(call.resume) if named else _finished_checkpoint(folder))
         return
-    if not call.overwrite and output.is_finished(config):
+    if not call.overwrite and output.is_finished(config, world_size()):
         if rank() == 0:
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
         return
@@ -40,10 +40,14 @@ def train(config: Config, call: TrainCall) -> None:
     data.describe()
     previous = output.previous_checkpoint(config, call) if data.step else None
     trainer = STEPS["eir"][data.step > 0](config, data, resume, previous)
+    held = None
     if rank() == 0:
+        held = lock(folder, f"another process is training {folder}: wait for it, or end it")
         output.begin(config, resume is not None, call.overwrite)
     barrier()
     trainer.fit()
+    if held is not None:
+        os.close(held)
 
 
 def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
@@ -58,10 +62,7 @@ def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
 def _evaluate(config, path, score=0.5):
     data = StepData(config)
     data.describe()
-    model = DeepLabV3(data.classes, config.arch.args.backbone)
-    checkpoint = read_checkpoint(path)
-    output.check_order(checkpoint, data, path)
-    load_weights(model, checkpoint["state_dict"], path)
+    model, _ = output.read_model(path, data, config.arch.args.backbone, data.step)
     model.to(device(), memory_format=torch.channels_last)
     metrics = evaluate(model, data, "test", device(), score)
     log.info(format_table(metrics, *data.groups))

@@ -38,16 +38,22 @@ def _synchronised_bn(config):
     return several and config.arch.args.norm_act == "bn_sync"
 
 
-def check_batch_size(config: Config, sizes: list[int]) -> None:
-    """Raise UserError where micro-batches are too small to train batch normalisation on.
+def bn_images(config: Config, sizes: list[int]) -> int | None:
+    """Images that batch normalisation takes its statistics over; None where it is frozen.
 
     sizes: images of a batch in each process.
     """
     if config.arch.args.freeze_all_bn:
-        return
+        return None
     pieces = min(config.trainer.accumulate, *sizes)
     images = [size // pieces for size in sizes]
-    if (sum(images) if _synchronised_bn(config) else min(images)) < 2:
+    return sum(images) if _synchronised_bn(config) else min(images)
+
+
+def check_batch_size(config: Config, sizes: list[int]) -> None:
+    """Raise UserError where batches are too small to train batch normalisation on; sizes as above."""
+    images = bn_images(config, sizes)
+    if images is not None and images < 2:
         raise UserError(
             "batch normalisation cannot train on one image at a time: use a larger --bs, a "
             "smaller --accumulate, more training images, or --freeze_bn"

@@ -1,19 +1,33 @@
-"""Checkpoints: atomic writes, safe reads, strict loading."""
+"""Files of a run: written whole, read checked, and locked against a second run."""
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from torch import nn
 
 from utils.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
-def write_atomically(path: Path, write) -> None:
-    """Have write(file) fill a temporary file, sync it, and rename it to path."""
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Have write(file) fill a temporary file, sync it, and rename it to path.
+
+    Whatever happens, path holds what it held before or all that was written. Raises UserError where the
+    operating system refuses, which names the path and the space that is left.
+    """
     temporary = path.with_name(f".{path.name}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -26,13 +40,49 @@ def write_atomically(path: Path, write) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise UserError(f"cannot write {path}: {error.strerror or error}") from None
+            raise cannot_write(path, error) from None
         raise
+
+
+def cannot_write(path: Path, error: OSError) -> UserError:
+    """The error for a file or folder that could not be written: what, why, and how much is free."""
+    free = ""
+    with contextlib.suppress(OSError):
+        existing = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
+        free = f"; {shutil.disk_usage(existing).free / 2**20:.0f} MiB are free there"
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}{free}. What was saved before stands; run the "
+        "same command with --resume auto once there is room"
+    )
 
 
 def save_checkpoint(path: Path, content: dict) -> None:
     """Write a checkpoint so that path holds the old one or the whole new one."""
-    write_atomically(path, lambda file: torch.save(content, file))
+
+    def write(file):
+        failures = []
+
+        class Remembers:
+            """torch.save hides the operating system's error in one of its own: this remembers it."""
+
+            def write(self, data):
+                try:
+                    return file.write(data)
+                except OSError as error:
+                    failures.append(error)
+                    raise
+
+            def flush(self):
+                file.flush()
+
+        try:
+            torch.save(content, Remembers())
+        except RuntimeError:
+            if failures:
+                raise failures[0] from None
+            raise
+
+    write_atomically(path, write)
 
 
 def write_json(path: Path, content: dict) -> None:
@@ -41,16 +91,54 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def read_json_object(path: Path) -> dict | None:
+    """The object in a JSON file; None if there is no such file, or no object in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def content_digest(path: Path) -> str:
+    """A digest of a checkpoint's content, from the checksums in its archive: quick for large files.
+
+    Raises UserError if the file is no such archive.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            parts = [f"{part.filename.split('/', 1)[-1]} {part.CRC}" for part in archive.infolist()]
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
 def read_file(path: str | Path, what: str = "checkpoint") -> dict:
     """A dictionary written by torch.save, tensors on the CPU; nothing in it is executed.
 
-    Raises UserError if there is no such file, it is torn, or it holds anything but data.
+    Raises UserError if there is no such file, a checksum in its archive is wrong (torch does not look
+    at them), or it holds anything but data.
     """
-    if not Path(path).is_file():
-        raise UserError(f"no {what} at {path}")
+    path = Path(path)
     try:
+        if not path.is_file():
+            raise UserError(f"no {what} at {path}")
+        if zipfile.is_zipfile(path):  # as all files of torch.save since 1.6
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged:
+                raise UserError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
         content = torch.load(path, map_location="cpu", weights_only=True)
+    except UserError:
+        raise
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
+        foreign = re.search(r"(?:GLOBAL|global|class) `?([\w.]+)`?", str(error))
+        if foreign and "weights_only" in str(error).lower():
+            raise UserError(
+                f"{path} holds objects besides data ({foreign[1]}), which are not loaded, since that "
+                "would run code of the file. If you trust it, load it once with "
+                "torch.load(..., weights_only=False) and save its state_dict alone"
+            ) from None
         kind = type(error).__name__
         raise UserError(f"{path} is damaged, or no {what} that can be read safely ({kind})") from None
     if not isinstance(content, dict):
@@ -59,15 +147,26 @@ def read_file(path: str | Path, what: str = "checkpoint") -> dict:
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint with its `state_dict`, freed of the prefix that parallel wrappers add."""
+    """A checkpoint with its `state_dict`, freed of the prefixes that wrappers of modules add.
+
+    A file that is a bare state_dict is taken as a checkpoint with nothing else in it.
+    """
     content = read_file(path)
-    state = content.get("state_dict")
-    if not isinstance(state, dict) or not all(
-        isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()
-    ):
+    if content and _is_state_dict(content):
+        content = {"state_dict": content}
+    if not _is_state_dict(content.get("state_dict")):
         raise UserError(f"{path} has no state_dict: it is no checkpoint of a model")
-    content["state_dict"] = {key.removeprefix("module."): v for key, v in state.items()}
+    content["state_dict"] = {
+        key.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): value
+        for key, value in content["state_dict"].items()
+    }
     return content
+
+
+def _is_state_dict(content):
+    return isinstance(content, dict) and all(
+        isinstance(key, str) and torch.is_tensor(value) for key, value in content.items()
+    )
 
 
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -81,6 +180,8 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
         if own[key].shape != state[key].shape:
             shapes = f"{list(state[key].shape)} in the file, {list(own[key].shape)} in the model"
             raise UserError(f"{path} is of another architecture: {key} is {shapes}")
+        if not state[key].isfinite().all():
+            raise UserError(f"{path} holds weights that are not finite: {key}")
     model.load_state_dict(state)
 
 
@@ -97,3 +198,28 @@ def numbered_checkpoints(folder: Path, first: int = 0) -> list[Path]:
 def final_checkpoint(folder: Path) -> Path | None:
     """The checkpoint-epoch<E>.pth of the highest E in a step's folder."""
     return next(reversed(numbered_checkpoints(folder)), None)
+
+
+def lock(folder: Path, busy: str) -> int | None:
+    """Hold a lock on a folder, which is made if need be, until this process and its children end.
+
+    Returns the lock's file descriptor. Raises UserError(busy) while another process holds it. Where the
+    system or the file system has no such locks (Windows, some network file systems), nothing is locked
+    and None is returned.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise UserError(busy) from None
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -74,19 +74,27 @@ def _run(local_rank, worker, config, url, *arguments):
 
 
 def _leave(error):
-    """Leave the group, unless NCCL would wait there for processes that know nothing of the error."""
+    """Leave the group of processes.
+
+    After an error under NCCL the process ends at once: leaving would wait for collectives that the other
+    processes, which know nothing of the error, never finish.
+    """
     if error is not None and dist.get_backend() == "nccl":
         if not isinstance(error, SystemExit):
             traceback.print_exception(error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code if isinstance(error, SystemExit) else 1)
-    gc.collect()  # what holds the group holds its threads, which abort a process that exits
+    # gloo's threads live as long as anything refers to the group, such as a DDP model in a reference
+    # cycle. A thread that is still there when Python ends aborts the process, so the cycles go first.
+    gc.collect()
     dist.destroy_process_group()
 
 
 def _join(config, local_rank, url="env://", process=-1, processes=-1):
-    import torch.distributed.nn  # imported later its defaults would hold the group
+    # PyTorch imports this module by itself later on. Default arguments in it refer to the group that
+    # exists at that moment, and would keep it alive; imported now, they refer to none.
+    import torch.distributed.nn
 
     cuda = torch.cuda.is_available()
     if cuda:

@@ -20,8 +20,9 @@ class UserError(Exception):
 def exit_with(error: UserError, rank: int | None = None) -> NoReturn:
     """Print the error as one line on standard error and end this process with exit code 2.
 
-    rank: of this process, by default what torchrun says. The first process speaks for all: its end
-    makes the launcher stop the others, which speak only if the error was theirs alone.
+    rank: of this process, by default what torchrun says. Where all processes meet the same error, only
+    the first should print it. So the others wait: when the first one ends, the launcher (torchrun or
+    mp.spawn) ends them too. If it does not, the error was theirs alone, and they print it.
     """
     if int(os.environ.get("RANK", 0)) if rank is None else rank:
         time.sleep(5)
