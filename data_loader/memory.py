@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from scipy import ndimage
 
 from data_loader.tasks import CLASS_NAMES
 from data_loader.voc import ImageList, LabelIndex, read_image, read_label
+from utils.checkpoint import cannot_write, write_json
 from utils.errors import UserError
 from utils.logging import log
 from utils.visualize import VOID, label_image
@@ -27,6 +29,12 @@ from utils.visualize import VOID, label_image
 FILL = (124, 116, 104)  # ImageNet's mean colour: zero after normalisation
 MANIFEST = "manifest.json"
 PARTS = ("image", "label")
+# The instances of the oldest classes are in no training image of a later step any more: only a memory
+# has them. So nobody is told to remove one, but how to draw it again from what there was before it.
+DRAW_ANEW = (
+    "restore it from a copy, or train that step anew with --overwrite, which draws its memory again "
+    "from the step before it, the same one by the same seed"
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Memory:
         """table: uint8 [256] from VOC classes to channels. UserError if the store is damaged."""
         self.folder = folder
         manifest = read_manifest(folder)
+        self.digest = manifest["sha256"]
         self.instances = manifest.get("kind") == "instance"
         self.entries = manifest["entries"]
         self.images, self.labels = [], []
@@ -83,14 +92,30 @@ class Memory:
 
 
 def read_manifest(folder: Path) -> dict:
-    """The manifest of a stored memory, entries as Entry; UserError if missing or unreadable."""
+    """The manifest of a stored memory, entries as Entry, with the digest of all of it as `sha256`.
+
+    Raises UserError if it is missing, damaged, or was changed by another program.
+    """
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return {**manifest, "entries": [Entry(**row) for row in manifest["entries"]]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"cannot read the memory in {folder} ({error}): remove the folder to draw it anew"
-        ) from None
+        stored = manifest.pop("sha256", None)
+        manifest["sha256"] = _digest(manifest)
+        if stored is not None and stored != manifest["sha256"]:
+            raise ValueError("its digest differs")
+        if stored is None:
+            log.warning(f"{folder / MANIFEST} has no digest, as former versions wrote it: not checked")
+        entries = [Entry(**row) for row in manifest["entries"]]
+        for entry in entries:
+            if not re.fullmatch(r"[\w.-]+", entry.file) or len(entry.sha256) != len(PARTS):
+                raise ValueError(f"an entry names the file {entry.file!r}")
+        return {**manifest, "entries": entries}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(f"cannot read the memory in {folder} ({error}): {DRAW_ANEW}") from None
+
+
+def _digest(manifest):
+    """A digest of a manifest's content, without its own."""
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def _read_crop(folder, entry):
@@ -105,9 +130,7 @@ def _read_files(folder, entry):
         path = folder / f"{entry.file}_{part}.png"
         files.append(path.read_bytes() if path.is_file() else b"")
         if hashlib.sha256(files[-1]).hexdigest() != digest:
-            raise UserError(
-                f"{path} is missing or was changed: remove {folder} to draw the memory anew"
-            )
+            raise UserError(f"{path} is missing or was changed since it was stored: {DRAW_ANEW}")
     return files
 
 
@@ -156,22 +179,30 @@ def build_memory(
     _report(lists, budget)
 
     temporary = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     stored = []
-    for c, picks in lists.items():
-        for pick in picks:
-            name = f"{len(stored):03d}"
-            if pick < len(images):
-                i, classes = images[pick]
-                stored.append(_store(temporary, name, source.files, i, classes, c, kind))
-            else:
-                stored.append(_carry(temporary, name, source.previous, entries[pick - len(images)], c))
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        for c, picks in lists.items():
+            for pick in picks:
+                name = f"{len(stored):03d}"
+                if pick < len(images):
+                    i, classes = images[pick]
+                    stored.append(_store(temporary, name, source.files, i, classes, c, kind))
+                else:
+                    entry = entries[pick - len(images)]
+                    stored.append(_carry(temporary, name, source.previous, entry, c))
+    except OSError as error:
+        raise cannot_write(temporary, error) from None
     numbers = {CLASS_NAMES[c]: [k for k, e in enumerate(stored) if e.drawn_for == c] for c in lists}
     manifest = {**settings, "lists": numbers, "entries": [asdict(entry) for entry in stored]}
-    (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(temporary, folder)
+    manifest["sha256"] = _digest(manifest)
+    write_json(temporary / MANIFEST, manifest)
+    try:
+        shutil.rmtree(folder, ignore_errors=True)  # without a manifest, it holds no memory
+        os.replace(temporary, folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from None
 
 
 def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ...]]], list[Entry]]:

@@ -123,11 +123,12 @@ class Trainer:
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(
             self.optimizer, iterations, config.lr_scheduler.args.power
         )
+        self.made_from = output.made_from(self)
         if self.resumed:
             output.restore(self, self.resumed, self.resume)
             self.resumed = None
         if rank() == 0:
-            write_json(self.folder / "made_from.json", output.made_from(self))
+            write_json(self.folder / "made_from.json", self.made_from)
 
     def fit(self) -> None:
         """Train the remaining epochs, then evaluate on the test images and write metrics.json."""

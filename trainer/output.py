@@ -1,7 +1,7 @@
 """What a step leaves in its folder, and what a later call finds there.
 
 config.json          the settings
-made_from.json       what the step was made from: digests of the model before and of the memory, the batch
+made_from.json       digests of what the step was made from, the model before and its memory
 memory/              the memory that the step replays (data_loader/memory.py)
 last.pth             checkpoint of the latest epoch, to resume from
 model_best.pth       checkpoint of the best validation, if a value is monitored
@@ -9,7 +9,6 @@ checkpoint-epoch<E>.pth   the final checkpoint, and those that save_period asks 
 metrics.json         the test results; written last, it marks the step as finished
 """
 
-import hashlib
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -75,14 +74,13 @@ def has_results(folder: Path) -> bool:
 def check_not_stale(config: Config, step: int) -> None:
     """Raise UserError if a step was trained from another model than the one before it is now."""
     folder = config.step_dir(step)
-    used = (read_json_object(folder / "made_from.json") or {}).get("previous")
-    before = final_checkpoint(config.step_dir(step - 1)) if step else None
-    if used and before and (read_json_object(folder / "made_from.json") or {}).get("own_previous"):
-        if content_digest(before) != used:
-            raise UserError(
-                f"{folder} was trained from another model of step {step - 1} than {before} is now: "
-                f"train it anew (--task_step {step} --overwrite)"
-            )
+    record = read_json_object(folder / "made_from.json") or {}
+    before = final_checkpoint(config.step_dir(step - 1)) if record.get("own_previous") else None
+    if before and content_digest(before) != record["previous"]:
+        raise UserError(
+            f"{folder} was trained from another model of step {step - 1} than {before} is now: "
+            f"train it anew (--task_step {step} --overwrite)"
+        )
 
 
 def where_to_start(config: Config, call: TrainCall) -> Path | None:
@@ -201,7 +199,7 @@ def checkpoint(trainer: "Trainer") -> dict:
         "best": trainer.validation.best,
         "stale": trainer.validation.stale,
         "ac": config.hyperparameter.ac,
-        "made_from": made_from(trainer),
+        "made_from": trainer.made_from,
     }
 
 
@@ -214,15 +212,11 @@ def made_from(trainer: "Trainer") -> dict:
     many there are, at step 0 alone, where dropout has a generator in each.
     """
     config, previous = trainer.config, trainer.previous
-    own = (
-        bool(previous) and previous.parent.resolve() == config.step_dir(trainer.data.step - 1).resolve()
-    )
-    manifest = trainer.folder / "memory" / "manifest.json"
-    replays = trainer.dataset.memory is not None
+    before, memory = config.step_dir(trainer.data.step - 1), trainer.dataset.memory
     return {
         "previous": content_digest(previous) if previous else None,
-        "own_previous": own,
-        "memory": hashlib.sha256(manifest.read_bytes()).hexdigest() if replays else None,
+        "own_previous": bool(previous) and previous.parent.resolve() == before.resolve(),
+        "memory": memory.digest if memory else None,
         "batch": config.data.train.batch_size * world_size(),
         "bn_batch": bn_images(config, trainer.batches.sizes()),
         "processes": None if trainer.data.step else world_size(),
@@ -231,12 +225,12 @@ def made_from(trainer: "Trainer") -> dict:
 
 # What a difference in made_from means to somebody who resumes, and the way out.
 CANNOT_GO_ON = {
-    "previous": "the model of the step before has changed since then; --overwrite trains this step anew",
+    "previous": "the model of the step before has changed since; --overwrite trains this step anew",
     "memory": "its memory has changed since then; --overwrite trains this step anew",
     "batch": "an update took {old} images over all processes, now {new}: choose --bs and processes so "
     "that they make {old}",
-    "bn_batch": "batch normalisation took its statistics over {old} images, now over {new}: resume with "
-    "the same processes, --bs and --accumulate",
+    "bn_batch": "batch normalisation took its statistics over {old} images, now over {new}: resume "
+    "with the same processes, --bs and --accumulate",
     "processes": "it ran in {old} processes, now in {new}, and the dropout of step 0 depends on that: "
     "resume with {old}",
 }
@@ -244,7 +238,7 @@ CANNOT_GO_ON = {
 
 def restore(trainer: "Trainer", content: dict, path: Path) -> None:
     """Put a trainer where a checkpoint left it; UserError if that does not fit."""
-    old, new = content.get("made_from", {}), made_from(trainer)
+    old, new = content.get("made_from", {}), trainer.made_from
     for key, reason in CANNOT_GO_ON.items():
         if key in old and old[key] != new[key]:
             reason = reason.format(old=old[key], new=new[key])

@@ -7,9 +7,10 @@ started. Without CUDA the group is gloo.
 import gc
 import os
 import re
-import resource
+import signal
 import socket
 import sys
+import tempfile
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -18,7 +19,12 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.errors import UserError, exit_with
+from utils.errors import UserError, exit_with, explained
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 def select_devices(device: str | None) -> None:
@@ -43,16 +49,28 @@ def launch(worker: Callable, config, *arguments) -> None:
             exit_with(
                 UserError("several nodes need --dist_url tcp://HOST:PORT of the first, or torchrun")
             )
+        context = mp.spawn(_run, (worker, config, url, *arguments), nprocs=gpus, join=False)
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:
-            mp.spawn(_run, args=(worker, config, url, *arguments), nprocs=gpus)
+            while not context.join():
+                pass
         except mp.ProcessExitedException as error:
             sys.exit(error.exit_code)
+        except KeyboardInterrupt:
+            for process in context.processes:
+                process.terminate()
+            sys.exit(2)
     else:
         _run(0, worker, config, None, *arguments)
 
 
 def _run(local_rank, worker, config, url, *arguments):
-    """One process: join the group if there is one, work, leave."""
+    """One process: join the group if there is one, work, leave.
+
+    Every exception ends here as one line: those that a user can do something about say what. The
+    traceback of any other, which is a fault of the program, goes to a file that the line names.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is ended, as with Ctrl-C
     try:
         if url:
             gpus = torch.cuda.device_count()
@@ -62,22 +80,29 @@ def _run(local_rank, worker, config, url, *arguments):
         elif torch.cuda.is_available():
             torch.cuda.set_device(local_rank)
         worker(config, *arguments)
-    except UserError as error:
-        exit_with(error, rank() if dist.is_initialized() else None)
-    except RuntimeError as error:
-        if "closed by peer" not in str(error):
-            raise
-        sys.exit(2)  # another process ended, and has said why
+    except (Exception, KeyboardInterrupt) as error:
+        if "closed by peer" in str(error):
+            sys.exit(2)  # another process ended, and has said why
+        exit_with(explained(error) or _unexpected(), rank() if dist.is_initialized() else None)
     finally:
         if dist.is_initialized():
             _leave(sys.exc_info()[1])
 
 
+def _unexpected():
+    """The error for an exception that nobody foresaw; its traceback is written to a file."""
+    handle, path = tempfile.mkstemp(prefix="eir_error_", suffix=".txt")
+    with open(handle, "w", encoding="utf-8") as file:
+        traceback.print_exc(file=file)
+    last = traceback.format_exc().strip().splitlines()[-1]
+    return UserError(f"a fault of this program, please report it: {last} (details in {path})")
+
+
 def _leave(error):
     """Leave the group of processes.
 
-    After an error under NCCL the process ends at once: leaving would wait for collectives that the other
-    processes, which know nothing of the error, never finish.
+    After an error under NCCL the process ends at once: leaving would wait for collectives that the
+    other processes, which know nothing of the error, never finish.
     """
     if error is not None and dist.get_backend() == "nccl":
         if not isinstance(error, SystemExit):
@@ -144,6 +169,8 @@ def peak_memory() -> float:
     highest = re.search(r"VmHWM:\s*(\d+) kB", status.read_text() if status.exists() else "")
     if highest:
         return int(highest[1]) / 2**10
+    if resource is None:
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 2**10  # bytes of ru_maxrss
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
 

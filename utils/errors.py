@@ -1,6 +1,7 @@
-"""The one exception that stands for "the user can fix this", and its way to the terminal."""
+"""The exception that stands for "the user can fix this", what becomes one, and how it is shown."""
 
 import os
+import signal
 import sys
 import time
 from typing import NoReturn
@@ -10,11 +11,44 @@ class UserError(Exception):
     """Bad input. The message is one line that names the thing and the way out.
 
     DataLoader workers re-raise an exception with their traceback as its text; ``str`` gives the
-    original line back.
+    original line back. Names that the message quotes may hold line ends; it stays one line.
     """
 
     def __str__(self) -> str:
-        return super().__str__().rpartition("UserError: ")[2].strip()
+        text = super().__str__().rpartition("UserError: ")[2].strip()
+        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def explained(error: BaseException) -> UserError | None:
+    """A UserError for an exception that has a cause outside the program; None for any other."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, KeyboardInterrupt):
+        return UserError(
+            "interrupted: the same command with --resume auto goes on after the last finished epoch"
+        )
+    if "out of memory" in text or isinstance(error, MemoryError) or "can't allocate memory" in text:
+        where = "the GPU's memory" if "CUDA" in text else "the memory"
+        return UserError(
+            f"{where} is used up: use a smaller --bs, or a larger --accumulate (the same batch in more "
+            "pieces), or a smaller --crop_size; the last checkpoint stands"
+        )
+    if "shared memory" in text or "Bus error" in text or "/torch_" in text:
+        return UserError(
+            "the loader's processes have too little shared memory (/dev/shm): start the container "
+            "with more of it (docker run --shm-size 8g), or use --num_workers 0"
+        )
+    if "DataLoader worker" in text:
+        first = str(error).strip().splitlines()[0]
+        return UserError(
+            f"a loader process died ({first}): often the system ended it for lack of memory; use fewer "
+            "--num_workers, and --resume auto to go on"
+        )
+    if isinstance(error, OSError):
+        name = f"{error.filename}: " if error.filename else ""
+        return UserError(f"the operating system refused: {name}{error.strerror or error}")
+    return None
 
 
 def exit_with(error: UserError, rank: int | None = None) -> NoReturn:
@@ -24,6 +58,7 @@ def exit_with(error: UserError, rank: int | None = None) -> NoReturn:
     the first should print it. So the others wait: when the first one ends, the launcher (torchrun or
     mp.spawn) ends them too. If it does not, the error was theirs alone, and they print it.
     """
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's SIGTERM ends the waiting quietly
     if int(os.environ.get("RANK", 0)) if rank is None else rank:
         time.sleep(5)
     sys.stdout.flush()
