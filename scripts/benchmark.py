@@ -1,58 +1,562 @@
 """Measure where the time goes: warm-up, repeats, median and spread, memory taken.
 
-A part is a function from the flags to rows; it stands in PARTS, its sizes in FLAGS.
+A part is a function from the flags to rows; it stands in PARTS, its sizes in FLAGS. What is asked of
+the inside of the trainer stands in one section, "A step that is ready to train".
 """
 
-import argparse
+import copy
+import ctypes
+import gc
+import itertools
 import json
 import logging
+import os
+import platform
+import shutil
+import statistics
 import sys
-from dataclasses import asdict
+import tempfile
+import timeit
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import date
+from functools import partial
 from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+from torch.utils import benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from scripts.benchmarks.evaluation import evaluation
-from scripts.benchmarks.iteration import step
-from scripts.benchmarks.losses import loss
-from scripts.benchmarks.output import environment, format_rows
-from scripts.benchmarks.reading import index, loader
-from scripts.benchmarks.replay import memory, paste
-from scripts.benchmarks.scaling import scaling
+from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
+from data_loader.dataset import LabelledImages, TrainDataset, normalize
+from data_loader.memory import Memory
+from data_loader.paste import Bank
+from data_loader.tasks import get_task
+from data_loader.transforms import TrainTransform
+from data_loader.voc import VOC2012, read_image, read_label
+from models.deeplabv3 import DeepLabV3, freeze_bn, upsample_logits
+from models.losses import bce_sum, distillation_sum, sum_over_images
+from scripts.make_synthetic_voc import make_synthetic_voc
+from scripts.plain import Pasted, plain_bce, plain_distillation, plain_paste, plain_soft_labels
+from trainer.base import Batch, Trainer
+from trainer.base_step import BaseStep
+from trainer.evaluate import confusion_matrix
+from trainer.health import Health
+from trainer.incremental import IncrementalStep
+from trainer.pseudo_labels import pseudo_labels
+from utils.checkpoint import save_checkpoint
+from utils.config import Config
+from utils.distributed import device, peak_memory
 from utils.errors import UserError, exit_with
 from utils.logging import log
 
-PARTS = {
-    "index": index,
-    "loader": loader,
-    "memory": memory,
-    "paste": paste,
-    "loss": loss,
-    "step": step,
-    "eval": evaluation,
-    "scaling": scaling,
+Work = Callable[[], object]
+
+# Measuring.
+
+
+@dataclass
+class Row:
+    """One measurement: the value of each repeat in `unit`; memory that the warm-up took, MiB."""
+
+    name: str
+    unit: str
+    values: list[float]
+    peak_mib: float | None = None
+
+    def spread(self) -> dict[str, float]:
+        """Median, least and most of the values."""
+        low, high = min(self.values), max(self.values)
+        return {"median": statistics.median(self.values), "low": low, "high": high}
+
+
+def call_times(work: Work, repeats: int, before: Work | None = None) -> list[float]:
+    """Seconds of each of `repeats` calls of work(), on CUDA with the device's part of the work.
+
+    PyTorch's clock waits for the device before it is read. PyTorch's Timer has the same clock, but
+    would call the work twice more ahead of each repeat, or choose the number of repeats itself.
+    """
+    return timeit.Timer(work, before or "pass", timer=benchmark.timer).repeat(repeats, number=1)
+
+
+def warm_up(work: Work, calls: int, before: Work | None = None) -> float:
+    """Call work() before it is timed, at least once; returns the memory that this took, MiB.
+
+    The peak is taken here because the first call finds nothing allocated for it yet.
+    """
+    if device().type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        in_use = torch.cuda.memory_allocated() / 2**20
+    else:
+        if Path("/proc/self/clear_refs").exists():
+            gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back to the system
+            Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is in use
+        in_use = peak_memory()
+    call_times(work, max(1, calls), before)
+    return peak_memory() - in_use
+
+
+def measure(
+    name: str, work: Work, args: Namespace, unit: str = "s", items: int = 1, before: Work | None = None
+) -> Row:
+    """Time work() per item, in s or ms, after a warm-up; before() comes ahead of each call, untimed."""
+    peak = warm_up(work, args.warmup, before)
+    seconds = call_times(work, args.repeats, before)
+    return Row(name, unit, [t * {"s": 1, "ms": 1000}[unit] / items for t in seconds], peak)
+
+
+def compare(
+    bare: tuple[str, Work], whole: tuple[str, Work], args: Namespace, unit: str = "s", items: int = 1
+) -> list[Row]:
+    """Time two named works and their quotient, `whole` between two halves of the repeats of `bare`.
+
+    So a drift of the machine's speed cancels, while calls of the same work follow each other without
+    a break in which a loader's workers could get ahead.
+    """
+    half = Namespace(warmup=args.warmup, repeats=-(-args.repeats // 2))
+    under = measure(*bare, half, unit, items)
+    over = measure(*whole, args, unit, items)
+    under.values += measure(*bare, half, unit, items).values
+    title = f"{over.name.split(',')[0]} / {under.name.split(',')[0]}"
+    return [under, over, ratio(title, over, under)]
+
+
+def ratio(name: str, over: Row, under: Row) -> Row:
+    """The quotient of two medians, and the least and most that the repeats allow."""
+    o, u = over.spread(), under.spread()
+    return Row(name, "x", [o["low"] / u["high"], o["median"] / u["median"], o["high"] / u["low"]])
+
+
+# Reading files.
+
+
+def photographs(folder: Path, train: int, val: int) -> Path:
+    """A VOC root in `folder` whose images decode like photographs: 500x375, JPEG quality 95.
+
+    Their pixels are noise of all scales, coarse ones strongest: the flat areas of drawn shapes would
+    decode faster.
+    """
+    root, size = make_synthetic_voc(folder, train, val, 400), (500, 375)
+    rng = np.random.default_rng(0)
+    for image in sorted((root / "JPEGImages").iterdir()):
+        pixels = np.full((375, 500, 3), 128.0)
+        for cell in (256, 128, 64, 32, 16, 8, 4, 2, 1):
+            grid = (375 // cell + 1, 500 // cell + 1)
+            noise = rng.normal(size=(*grid, 1)) + 0.3 * rng.normal(size=(*grid, 3))
+            levels = np.clip(128 + 5 * cell**0.4 * noise, 0, 255).astype(np.uint8)
+            pixels += np.asarray(Image.fromarray(levels).resize(size, Image.Resampling.BICUBIC)) - 128.0
+        Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8)).save(image, quality=95)
+        label = root / f"SegmentationClassAug/{image.stem}.png"
+        Image.open(label).resize(size, Image.Resampling.NEAREST).save(label)
+    return root
+
+
+def index(args: Namespace) -> list[Row]:
+    """The label index over many small label maps: first scan, and from the cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_synthetic_voc(Path(folder) / "voc", 200, 1, args.index_size)
+        names = [f"2009_{i:06d}" for i in range(args.index_images)]
+        for i, name in enumerate(names):  # copies, since drawing so many would take minutes
+            for kind, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
+                original = root / kind / f"2007_{i % 200:06d}.{suffix}"
+                shutil.copy(original, root / kind / f"{name}.{suffix}")
+        (root / "ImageSets/Segmentation/train_aug.txt").write_text("\n".join(names) + "\n")
+        voc = VOC2012(root)
+
+        def read():
+            voc.index(voc.read_list("train"), cores())
+
+        forget = partial(shutil.rmtree, voc.cache_dir, ignore_errors=True)
+        title = f"{args.index_images} label maps of {args.index_size} px"
+        first = measure(f"first scan, {title}", read, args, before=forget)
+        return [first, measure(f"from the cache, {title}", read, args)]
+
+
+def loader(args: Namespace) -> list[Row]:
+    """One training sample on one core, and its parts: decode, read the label, crop and flip."""
+    with tempfile.TemporaryDirectory() as folder, benchmark.set_torch_threads(1):
+        root = args.data_root or photographs(Path(folder) / "voc", args.loader_images, 1)
+        files = VOC2012(root).read_list("train")
+        table = get_task("joint", "overlap").label_table(0, "train")
+        transform = TrainTransform(args.loader_crop)
+        n = min(args.loader_images, len(files.ids))
+        images = LabelledImages(files.ids, files.images, files.labels, table, transform)
+        samples = TrainDataset(images, None, seed=1)
+        decoded = [images.load(i) for i in range(n)]
+        epochs = itertools.count()
+
+        def whole():
+            epoch = next(epochs)
+            return [samples[epoch, i] for i in range(n)]
+
+        works = {
+            f"sample, crop {args.loader_crop}": whole,
+            "  decode": lambda: [read_image(path) for path in files.images[:n]],
+            "  label": lambda: [table[read_label(path)] for path in files.labels[:n]],
+            "  transform": lambda: [transform(*pair) for pair in decoded],
+        }
+        return [measure(name, work, args, "ms", n) for name, work in works.items()]
+
+
+def loss(args: Namespace) -> list[Row]:
+    """BCE and distillation with their gradient: on sparse labels, and by the plain one-hot formulas."""
+    size, n = (args.crop, args.crop), args.batch
+    torch.manual_seed(0)
+    random = partial(torch.rand, device=device())
+    old, channels, k = args.channels - 3, args.channels, 3
+    side = -(-args.crop // 16)
+    logits = (8 * random(n, channels, side, side) - 4).requires_grad_()
+    teacher = 8 * random(n, old, side, side) - 4
+    base = (random(n, *size) * channels).to(torch.uint8)
+    classes = (random(n, k) * (old - 1)).long() + 1
+    weights = random(n, k, *size) * (random(n, k, *size) < 0.25) / k
+    scale = (1 / (base != 255).sum().float()).expand(2)
+
+    def sparse():
+        def parts_of(i, z):
+            known = upsample_logits(teacher[i : i + 1], size)[0]
+            covered = weights[i].sum(dim=0) > 0
+            bce = bce_sum(z, base[i], classes[i], weights[i])
+            return torch.stack([bce, distillation_sum(z, known, base[i], covered)])
+
+        sum_over_images(logits, size, parts_of, scale)[0].backward()
+
+    def one_hot():
+        full, known = upsample_logits(logits, size), upsample_logits(teacher, size)
+        soft = plain_soft_labels(base, classes, weights, channels)
+        kd = plain_distillation(full, known, base, weights.sum(dim=1) > 0, "rskd")
+        ((plain_bce(full, soft, base) + kd).sum() * scale[0]).backward()
+
+    title = f"batch {n}, crop {args.crop}, {channels} channels"
+    fast = measure(f"sparse labels, {title}", sparse, args)
+    slow = measure(f"plain one-hot, {title}", one_hot, args)
+    return [fast, slow, ratio("sparse labels / plain one-hot", fast, slow)]
+
+
+# A step that is ready to train: all that is asked of the trainer's inside.
+
+
+@contextmanager
+def prepared_step(args: Namespace, number: int = 1) -> Iterator[tuple[Trainer, dict]]:
+    """Trainer of step `number` of a task, in training mode, and a batch of its loader.
+
+    It trains on the images of --data_root, else on drawn ones of 400 to 500 px.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        root = args.data_root or make_synthetic_voc(Path(folder) / "voc", 8 * args.batch, 1, 400)
+        config = Config()
+        config.data.data_root, config.trainer.save_dir = str(root), folder
+        config.arch.args.backbone, config.arch.args.backbone_pretrained = args.backbone, False
+        config.data.train.batch_size, config.data.memory.mem_size = args.batch, args.mem_size
+        config.data.train.args.transform_args.crop_size = args.crop
+        config.task.name, config.task.step = args.task, number
+        config.arch.args.freeze_all_bn = number > 0
+        config.amp_dtype = args.amp_dtype
+        data = StepData(config)
+        if number:
+            previous = Path(folder) / "previous.pth"
+            model = DeepLabV3(data.classes[:-1], args.backbone)
+            content = {"format": "eir-1", "ac": 0.0, "state_dict": model.state_dict()}
+            save_checkpoint(previous, content)
+            trainer = IncrementalStep(config, data, previous=previous)
+        else:
+            trainer = BaseStep(config, data)
+        trainer.model.train()
+        if number:
+            freeze_bn(trainer.model)
+        yield trainer, next(iter(make_loader(trainer.dataset, trainer.batches, 0, False)))
+
+
+def iteration(trainer: Trainer, batches: Iterator[dict]) -> Work:
+    """A whole training iteration, on the next of these batches."""
+    health = Health(trainer.loss_parts, trainer.device, trainer.data.step)
+    return lambda: trainer.train_iteration(next(batches), health)
+
+
+def student(trainer: Trainer, images: torch.Tensor) -> None:
+    """The student, forward and backward from a loss that costs next to nothing."""
+    with trainer.autocast():
+        logits = trainer.net(images, upsample=False)
+    logits.float().square().mean().backward()
+
+
+def bare_networks(trainer: Trainer, images: torch.Tensor) -> None:
+    """What an iteration cannot do without: the student, and at a step t >= 1 two teacher forwards."""
+    student(trainer, images)
+    trainer.optimizer.zero_grad(set_to_none=True)
+    for _ in range(2 if trainer.data.step else 0):
+        trainer.teach(images)
+
+
+def pieces(trainer: Trainer, raw: dict) -> dict[str, Work]:
+    """The parts of an iteration on a batch of the loader, one by one: name -> work."""
+    (batch,) = trainer.to_device(raw)
+    student(trainer, batch.images)  # the optimiser finds gradients
+    works = {
+        "batch to the device": lambda: trainer.to_device(raw),
+        "student, forward and backward": lambda: student(trainer, batch.images),
+        "optimiser": trainer.optimizer.step,
+    }
+    with torch.no_grad(), trainer.autocast():
+        logits = trainer.net(batch.images, upsample=False)
+    logits.requires_grad_()
+    rest = copy.copy(trainer)  # a trainer whose networks and paste cost nothing: the losses are left
+    rest.config = copy.deepcopy(trainer.config)
+    rest.config.hyperparameter.pseudo_labels = False
+    rest.net = lambda images, upsample: logits
+    if trainer.data.step:
+        taught = trainer.teach(batch.images)
+        labels = pseudo_labels(batch.labels, taught, 0.7)
+        composite = trainer.compose(batch, labels)
+        works["teacher, one of two forwards"] = lambda: trainer.teach(batch.images)
+        works["pseudo labels"] = lambda: pseudo_labels(batch.labels, taught, 0.7)
+        works["paste"] = lambda: trainer.compose(batch, labels)
+        rest.teach = lambda images: taught
+        rest.compose = lambda batch, labels: composite
+    return {**works, "losses with gradient": lambda: rest.training_loss(batch)[0].backward()}
+
+
+def plain_pasted(
+    trainer: IncrementalStep, batch: Batch, labels: torch.Tensor, channels: int
+) -> list[Pasted]:
+    """A batch after the plain paste, which reads all stored instances from disk; on the CPU.
+
+    labels: uint8 [N, H, W] with pseudo labels. channels: those of the dense soft labels.
+    """
+    table = trainer.data.task.label_table(trainer.data.step - 1, "test")
+    stored = Memory(trainer.folder / "memory", table)
+    old = 1 + sum(trainer.data.classes[:-1])
+    numbers = trainer.paste.numbers.split(batch.numbers.cpu())
+    tensors = [tensor.cpu() for tensor in (batch.images, batch.labels, labels)]
+    settings, size = trainer.config.hyperparameter.paste, labels.shape[-1]
+    return plain_paste(settings, size, stored, old, channels, *tensors, numbers, batch.replayed.cpu())
+
+
+def plain_iteration(trainer: IncrementalStep, raw: dict) -> None:
+    """An iteration with the plain paste, and with the plain losses on dense one-hot targets."""
+    (batch,) = trainer.to_device(raw)
+    size = batch.labels.shape[-2:]
+    labels = pseudo_labels(batch.labels, trainer.teach(batch.images), 0.7)
+    done = plain_pasted(trainer, batch, labels, 1 + sum(trainer.data.classes))
+    images = torch.stack([d.image for d in done]).to(trainer.device)
+    soft = torch.stack([d.soft for d in done]).to(trainer.device, torch.float32)
+    masks = [[mask for _, _, mask in d.pastes] or [torch.zeros(size) > 0] for d in done]
+    covered = torch.stack([torch.stack(m).any(dim=0) for m in masks]).to(trainer.device)
+    known = upsample_logits(trainer.teach(images).float(), size)
+    with trainer.autocast():
+        logits = trainer.net(images, upsample=False)
+    full = upsample_logits(logits.float(), size)
+    kd = plain_distillation(full, known, batch.labels, covered, "rskd")
+    bce = plain_bce(full, soft, batch.labels)
+    ((bce + 5 * kd).sum() / batch.valid).backward()
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad(set_to_none=True)
+
+
+# The parts that train or evaluate.
+
+
+def memory(args: Namespace) -> list[Row]:
+    """Drawing and storing a memory, loading it, packing it on the device."""
+    with prepared_step(args) as (trainer, _):
+        folder, source = trainer.folder / "memory", trainer.previous.parent / "memory"
+        build = partial(trainer.data.memory, folder, source)
+        forget = partial(shutil.rmtree, folder, ignore_errors=True)
+        stored, channels = trainer.dataset.memory, 1 + sum(trainer.data.classes[:-1])
+        size = sum(path.stat().st_size for path in stored.folder.iterdir()) / 2**20
+        title = f"{len(stored)} entries, {size:.1f} MiB on disk"
+        return [
+            measure(f"draw, store and load, {title}", build, args, "ms", before=forget),
+            measure("load", build, args, "ms"),
+            measure("pack", lambda: Bank.pack(stored, channels, device()), args, "ms"),
+        ]
+
+
+def paste(args: Namespace) -> list[Row]:
+    """Pseudo labels and pasting of a batch, beside the plain paste, which reads from disk."""
+    with prepared_step(args) as (trainer, raw):
+        (batch,) = trainer.to_device(raw)
+        fill = partial(pseudo_labels, batch.labels, trainer.teach(batch.images), 0.7)
+        labels = fill()
+        fast = partial(trainer.compose, batch, labels)
+        one_new = 2 + sum(trainer.data.classes[:-1])  # channels where one class is learned
+        plain = partial(plain_pasted, trainer, batch, labels, one_new)
+        count, n = trainer.config.hyperparameter.paste.pastes, len(raw["id"])
+        title = f"crop {args.crop}, per image"
+        filled = measure(f"pseudo labels, {title}", fill, args, "ms", n)
+        under = measure(f"paste, {count} instances, {title}", fast, args, "ms", n)
+        over = measure(f"plain, {title}", plain, args, "ms", n)
+        return [filled, under, over, ratio("plain / paste", over, under)]
+
+
+def step(args: Namespace) -> list[Row]:
+    """A base and an incremental iteration: beside its bare networks, beside the plain one, in parts."""
+    rows = []
+    for number, kind in enumerate(("base", "incremental")):
+        with prepared_step(args, number) as (trainer, raw):
+            n, images = len(raw["id"]), trainer.to_device(raw)[0].images
+            batches = itertools.repeat(raw)
+            if args.data == "loader":
+                epoch = make_loader(trainer.dataset, trainer.batches, args.num_workers, True)
+                batches = itertools.chain.from_iterable(itertools.repeat(epoch))
+            title = f"{kind}: bare networks, {args.backbone}, crop {args.crop}, batch {n}"
+            bare = title, partial(bare_networks, trainer, images)
+            whole = f"{kind}: iteration, data from {args.data}", iteration(trainer, batches)
+            under, over, quotient = compare(bare, whole, args)
+            rates = Row(f"{kind}: images per second", "/s", [n / seconds for seconds in over.values])
+            rows += [under, over, quotient, rates]
+            if number:
+                slow = measure(f"{kind}: plain", partial(plain_iteration, trainer, raw), args)
+                rows += [slow, ratio(f"{kind}: plain / iteration", slow, over)]
+            works = {"next batch of the loader": partial(next, batches), **pieces(trainer, raw)}
+            rows += [measure(f"  {name}", work, args) for name, work in works.items()]
+    return rows
+
+
+def evaluation(args: Namespace) -> list[Row]:
+    """The evaluation loop, data included, beside the bare forward passes of the same images."""
+    with tempfile.TemporaryDirectory() as folder:
+        root = args.data_root or photographs(Path(folder) / "voc", 1, args.eval_images)
+        config = Config()
+        config.data.data_root, config.data.num_workers = str(root), args.num_workers
+        config.data.test.args.transform_args.crop_size = args.eval_crop
+        config.data.test.batch_size = args.eval_batch
+        config.task.name = "joint"
+        data = StepData(config)
+        chosen = data.select("test")[: args.eval_images]
+        data.select = lambda split: chosen
+        where = device()
+        model = DeepLabV3(data.classes, args.backbone).to(where, memory_format=torch.channels_last)
+        model.eval()
+        dataset, batch_size = data.evaluation("test")
+        batches = make_loader(dataset, EvalBatches(len(dataset), batch_size), 0, False)
+        images = [normalize(batch["image"].to(where)) for batch in batches]
+
+        @torch.inference_mode()
+        def forward():
+            with torch.backends.cudnn.flags(
+                enabled=True, deterministic=True, benchmark=False, allow_tf32=False
+            ):
+                for batch in images:
+                    model(batch)
+
+        title = f"{args.backbone}, crop {args.eval_crop}, per image"
+        bare = f"bare forward, {title}", forward
+        whole = f"evaluation, {title}", lambda: confusion_matrix(model, data, "test", where)
+        return compare(bare, whole, args, "ms", len(dataset))
+
+
+# Axis of the part scaling, a flag -> its values, and the size of a step that its panel shows.
+AXES = {
+    "batch": ([2, 4, 8, 16], "images", lambda trainer: trainer.config.data.train.batch_size),
+    "crop": ([96, 128, 192, 256], "pixels", lambda trainer: trainer.dataset[0, 0]["label"].numel()),
+    "task": (["5-5", "10-5", "15-5"], "channels", lambda trainer: 1 + sum(trainer.data.classes)),
+    "mem_size": ([8, 16, 32, 64], "stored entries", lambda trainer: len(trainer.dataset.memory)),
 }
+
+
+def scaling(args: Namespace) -> list[Row]:
+    """An incremental iteration, data from memory, against each of its sizes; draws --figure."""
+    curves: dict[str, list[tuple[int, Row]]] = {axis: [] for axis in AXES}
+    with tempfile.TemporaryDirectory() as folder:
+        root = make_synthetic_voc(Path(folder) / "voc", 300, 1, 160)
+        for axis, (values, what, size_of) in AXES.items():
+            for value in values:
+                flags = Namespace(**{**vars(args), "data_root": root, axis: value})
+                with prepared_step(flags) as (trainer, raw):
+                    size, work = size_of(trainer), iteration(trainer, itertools.repeat(raw))
+                    row = measure(f"{axis} {value}: {size} {what}", work, args, "ms")
+                    curves[axis].append((size, row))
+    if args.figure:
+        title = f"Incremental step, {args.backbone}, batch {args.batch}, crop {args.crop}"
+        draw_scaling(curves, args.figure, title)
+    return [row for points in curves.values() for _, row in points]
+
+
+def draw_scaling(curves: dict[str, list[tuple[int, Row]]], path: str | Path, title: str) -> None:
+    """A panel for each axis: the medians against the sizes, with least and most."""
+    from matplotlib.figure import Figure  # slow to import, and seldom needed
+
+    figure = Figure(figsize=(13, 3.2))
+    panels = figure.subplots(1, len(curves))
+    for panel, (axis, points) in zip(panels, curves.items(), strict=True):
+        sizes, spreads = [size for size, _ in points], [row.spread() for _, row in points]
+        medians = [spread["median"] for spread in spreads]
+        errors = [[s["median"] - s["low"], s["high"] - s["median"]] for s in spreads]
+        panel.errorbar(sizes, medians, np.transpose(errors), marker="o", capsize=3)
+        panel.set(xlabel=AXES[axis][1], ylim=(0, None), xlim=(0, None))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("one iteration, ms")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+
+
+# The command line.
+
+PARTS = dict(
+    index=index,
+    loader=loader,
+    memory=memory,
+    paste=paste,
+    loss=loss,
+    step=step,
+    eval=evaluation,
+    scaling=scaling,
+)
+# Flag -> its default, its least value and its help.
 FLAGS = {
-    "--index_images": (12000, "label maps"),
-    "--index_size": (80, "longer side of a label map, up to 1.25 times this, pixels, at least 32"),
-    "--loader_images": (24, "images"),
-    "--loader_crop": (512, "crop, pixels"),
-    "--eval_images": (96, "images"),
-    "--eval_crop": (128, "crop, pixels"),
-    "--eval_batch": (8, "images per batch"),
-    "--batch": (4, "images per batch of the parts memory, paste, loss and step"),
-    "--crop": (128, "crop of these parts, pixels"),
-    "--mem_size": (100, "stored instances, at most"),
-    "--channels": (9, "channels of the part loss, three of them new"),
-    "--num_workers": (2, "loader processes where a whole loader is measured"),
-    "--warmup": (1, "calls before measuring"),
-    "--repeats": (5, "calls measured"),
+    "index_images": (12000, 1, "label maps"),
+    "index_size": (80, 32, "longer side of a label map, up to 1.25 times this, pixels"),
+    "loader_images": (24, 1, "images"),
+    "loader_crop": (512, 32, "crop, pixels"),
+    "eval_images": (96, 1, "images"),
+    "eval_crop": (128, 32, "crop, pixels"),
+    "eval_batch": (8, 1, "images per batch"),
+    "batch": (4, 1, "images per batch of the parts memory, paste, loss and step"),
+    "crop": (128, 32, "crop of these parts, pixels"),
+    "mem_size": (100, 1, "stored instances, at most"),
+    "channels": (9, 5, "channels of the part loss, three of them new"),
+    "num_workers": (2, 0, "loader processes where a whole loader is measured"),
+    "warmup": (1, 0, "calls before measuring, at least one"),
+    "repeats": (5, 1, "calls measured"),
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def environment() -> dict[str, str]:
+    """What a figure needs beside it: processor, cores, GPU, versions, date."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), None)
+    return {
+        "processor": f"{model or platform.processor() or platform.machine()}, {cores()} cores",
+        "load before": ", ".join(f"{x:.1f}" for x in os.getloadavg()),
+        "gpu": torch.cuda.get_device_name() if device().type == "cuda" else "none",
+        "versions": f"torch {torch.__version__}, torchvision {torchvision.__version__}, "
+        f"Python {platform.python_version()}",
+        "date": date.today().isoformat(),
+    }
+
+
+def format_rows(rows: list[tuple[str, Row]]) -> str:
+    """The table: a line per part and row."""
+    lines = [f"{'part':<8}{'measured':<56}{'median':>10}{'least':>10}{'most':>10}     {'MiB':>10}"]
+    for part, row in rows:
+        values = "".join(f"{value:>10.3f}" for value in row.spread().values())
+        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+        lines.append(f"{part:<8}{row.name:<56}{values} {row.unit:<4}{peak:>10}")
+    return "\n".join(lines)
+
+
+def parse(argv: list[str] | None) -> Namespace:
+    """The flags; a value that no part can use ends the program with a line that says so."""
+    parser = ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling")
     parser.add_argument("--data_root", help="a VOC 2012 folder (else images are drawn)")
     parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")
@@ -71,22 +575,34 @@ def main(argv: list[str] | None = None) -> int:
         default="auto",
         help="mixed precision of training (%(default)s: on a GPU only)",
     )
-    for flag, (default, text) in FLAGS.items():
-        parser.add_argument(flag, type=int, default=default, help=f"{text} (%(default)s)")
+    for name, (default, _, text) in FLAGS.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (%(default)s)")
     args = parser.parse_args(argv)
-    if args.index_size < 32:
-        parser.error("--index_size is at least 32")
+    for name, (_, least, _) in FLAGS.items():
+        if getattr(args, name) < least:
+            parser.error(f"--{name} is at least {least}")
+    for name in ("figure", "json"):
+        path = getattr(args, name)
+        if path and not Path(path).parent.is_dir():
+            parser.error(f"--{name} {path}: there is no such folder")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    args = parse(argv)
     log.setLevel(logging.ERROR)
     about = environment()
     print("\n".join(f"{key:<12} {value}" for key, value in about.items()) + "\n")
+    chosen = [args.part] if args.part != "all" else [part for part in PARTS if part != "scaling"]
     try:
-        chosen = [args.part] if args.part != "all" else [p for p in PARTS if p != "scaling"]
-        rows = [row for part in chosen for row in PARTS[part](args)]
+        rows = [(part, row) for part in chosen for row in PARTS[part](args)]
     except UserError as error:
         exit_with(error)
     print(format_rows(rows))
     if args.json:
-        report = {**about, "flags": vars(args), "rows": [asdict(row) for row in rows]}
+        figures = [{"part": part, **asdict(row), **row.spread()} for part, row in rows]
+        report = {**about, "flags": vars(args), "rows": figures}
         Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
     return 0
 

@@ -4,14 +4,15 @@ import json
 
 import pytest
 
-from scripts.benchmark import PARTS, main
-from scripts.benchmarks import figure, scaling
+from scripts import benchmark
 
 SIZES = {
     "warmup": 0,
     "repeats": 2,
     "num_workers": 0,
     "backbone": "tiny",
+    "batch": 2,
+    "crop": 48,
     "index_images": 12,
     "index_size": 32,
     "loader_images": 2,
@@ -23,26 +24,54 @@ SIZES = {
 FLAGS = [f"--{name}={value}" for name, value in SIZES.items()]
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", [part for part in benchmark.PARTS if part != "scaling"])
 def test_a_part_reports_medians_between_least_and_most(part, tmp_path, capsys):
     report = tmp_path / "report.json"
-    assert main([part, *FLAGS, "--json", str(report)]) == 0
+    assert benchmark.main([part, *FLAGS, "--json", str(report)]) == 0
     rows = json.loads(report.read_text())["rows"]
     table = capsys.readouterr().out
     assert rows and all(row["part"] == part and row["name"] in table for row in rows)
     assert all(0 < row["low"] <= row["median"] <= row["high"] for row in rows)
 
 
-def test_the_figure_shows_each_measurement_against_its_size(tmp_path, monkeypatch):
+def test_the_figure_shows_each_measurement_against_its_size(tmp_path, monkeypatch, capsys):
     def draw(curves, *rest):
         drawn.update(curves)
-        figure.draw_scaling(curves, *rest)
+        draw_scaling(curves, *rest)
 
-    drawn, path = {}, tmp_path / "scaling.png"
+    drawn, path, draw_scaling = {}, tmp_path / "scaling.png", benchmark.draw_scaling
     values = {"batch": [2, 3], "crop": [64], "task": ["15-1"], "mem_size": [5]}
-    monkeypatch.setattr(scaling, "AXES", values)
-    monkeypatch.setattr(scaling, "draw_scaling", draw)
-    assert main(["scaling", *FLAGS, "--batch=2", "--crop=48", "--figure", str(path)]) == 0
+    axes = {axis: (values[axis], *rest) for axis, (_, *rest) in benchmark.AXES.items()}
+    monkeypatch.setattr(benchmark, "AXES", axes)
+    monkeypatch.setattr(benchmark, "draw_scaling", draw)
+    assert benchmark.main(["scaling", *FLAGS, "--figure", str(path)]) == 0
     sizes = {axis: [size for size, _ in points] for axis, points in drawn.items()}
     assert sizes == {"batch": [2, 3], "crop": [64 * 64], "task": [17], "mem_size": [5]}
     assert path.read_bytes().startswith(b"\x89PNG")
+    table = capsys.readouterr().out
+    assert all(row.name in table for points in drawn.values() for _, row in points)
+
+
+def test_whole_is_timed_between_two_halves_of_bare():
+    calls = []
+    args = benchmark.Namespace(warmup=1, repeats=3)
+    bare, whole = ("bare, small", lambda: calls.append("b")), ("whole", lambda: calls.append("w"))
+    under, over, quotient = benchmark.compare(bare, whole, args, "ms")
+    assert "".join(calls) == "bbb" + "wwww" + "bbb"  # each with a warm-up
+    assert (len(under.values), len(over.values)) == (4, 3)
+    assert quotient.name == "whole / bare" and quotient.unit == "x"
+
+
+def test_what_comes_before_a_call_is_not_timed(monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(benchmark.benchmark, "timer", lambda: next(clock))
+    seconds = benchmark.call_times(lambda: next(clock), 3, before=lambda: [next(clock), next(clock)])
+    assert seconds == [2, 2, 2]
+
+
+@pytest.mark.parametrize("flags", [["--repeats=0"], ["--index_size=8"], ["--json=missing/report.json"]])
+def test_a_value_that_no_part_can_use_is_refused(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        benchmark.main(["loss", *flags])
+    assert stopped.value.code == 2
+    assert flags[0].split("=")[0] in capsys.readouterr().err.splitlines()[-1]

@@ -1,1 +1,0 @@
-"""What scripts/benchmark.py measures: how, on which data, and part by part."""
