@@ -3,28 +3,41 @@
 python scripts/make_synthetic_voc.py --output data/synthetic
 python scripts/run_experiments.py configs/experiments/methods.json --jobs 2
 
-Each step of each run is one call of train_voc.py. Step 0 is trained once for each task and seed and
+Each step of each method is one call of train_voc.py. Step 0 is trained once for each task and seed and
 shared by all methods. Finished steps are skipped and an interrupted one is resumed: this can be
 stopped at any time and called again. LAUNCHER starts a step: "python", or torchrun with its own flags.
+
+The calls that run at a time with --jobs share the cores, and one that runs alone has them all. On a CPU
+the number of threads changes the digits, and by the end of a training the results, about as another
+seed does. OMP_NUM_THREADS, if it is set, is what each call has: with it the same results come again
+with other --jobs, or after an interruption.
+
+The folder of the runs is locked against a second process. Python on Windows has no fcntl, which that
+takes: nothing is locked there, and two processes may train the same step.
 """
 
 import argparse
-import concurrent.futures
 import contextlib
-import fcntl
-import functools
 import itertools
 import json
 import os
-import queue
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import mean
+from typing import TextIO
+
+try:
+    import fcntl
+except ImportError:
+    fcntl = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -40,7 +53,7 @@ from utils.errors import UserError, exit_with
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
     "save_dir": "the folder of the runs; experiments that share runs share it",
-    "config": "the configuration file of all runs",
+    "config": "the configuration file of all runs, from the project's folder",
     "tasks": "a list of names of tasks, one at least",
     "setting": "overlap, disjoint or sequential",
     "seeds": "a list of integers, one at least",
@@ -50,24 +63,32 @@ KEYS = {
     "joint": "further flags for the joint training, '' for none of it",
     "methods": "an object of names and their flags for steps >= 1, one at least",
 }
-RESERVED = ("--config", "--device", "--overwrite", "--test", "--prev_checkpoint")
 SEVERAL = {"tasks": (list, str), "seeds": (list, int), "methods": (dict, str)}
+RESERVED = ("--config", "--device", "--overwrite", "--test", "--prev_checkpoint")
+PROGRESS = re.compile(r"epoch (\d+)/(\d+)(?: iteration (\d+)/(\d+))?: (loss [\d.]+)")
+LOG_SECONDS = 60  # from one line on where the calls are to the next, unless they go to a terminal
 
 
-@dataclass
-class Run:
-    """A sequence of calls of train_voc.py, one per step, and what the results call it."""
+@dataclass(eq=False)
+class Sequence:
+    """Steps to train one after the other, and what the results call them.
+
+    steps: the flags of train_voc.py for each, and the configuration that they make.
+    base: the sequence whose model step 1 starts from. left: the steps that are not finished yet.
+    seconds: that the training of its latest step takes, once that can be told.
+    """
 
     method: str
     task: Task
     seed: int
-    calls: list[list[str]]
-    configs: list[Config]
-    base: "Run | None" = None
+    steps: list[tuple[list[str], Config]]
+    base: "Sequence | None" = None
+    left: list[tuple[list[str], Config]] = field(default_factory=list)
+    seconds: float | None = None
 
     @property
     def title(self) -> str:
-        return f"{self.task.name} {self.task.setting}, seed {self.seed}, {self.method}"
+        return f"{self.task.name} {self.method}, seed {self.seed}"
 
 
 def read_experiment(path: Path) -> dict:
@@ -80,7 +101,10 @@ def read_experiment(path: Path) -> dict:
         keys = ", ".join(KEYS)
         raise UserError(f"{path} must be a JSON object with these keys and no other: {keys}")
     for key, value in content.items():
-        if not _has_type(value, *SEVERAL.get(key, (str, None))):
+        kind, item = SEVERAL.get(key, (str, str))
+        items = value.values() if isinstance(value, dict) else value
+        right = type(value) is kind and all(type(i) is item for i in items)
+        if not right or (key in SEVERAL and not value):
             raise UserError(f"{path}: {key} must be {KEYS[key]}")
     for key in SEVERAL:
         names = [_folder_name(str(value)) for value in content[key]]
@@ -91,60 +115,50 @@ def read_experiment(path: Path) -> dict:
     return content
 
 
-def _has_type(value, kind, item):
-    """True for a value of a kind; if it is to have items, there are some, and all of their type."""
-    if type(value) is not kind or item is None:
-        return type(value) is kind
-    return bool(value) and all(type(i) is item for i in (value.values() if kind is dict else value))
-
-
 def _folder_name(method):
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in method)
 
 
-def plan(experiment: dict, save_dir: str) -> tuple[list[Run], list[Run]]:
-    """The runs of step 0 and all others; every flag of every call is checked on the way."""
+def plan(experiment: dict, save_dir: str) -> tuple[list[Sequence], list[Sequence]]:
+    """The sequences of step 0 and all others; every flag of every call is checked on the way."""
     bases, others = [], []
     for seed, name in itertools.product(experiment["seeds"], experiment["tasks"]):
         task = get_task(name, experiment["setting"])
-        make = functools.partial(_make_run, experiment, save_dir, seed, task)
-        base = make("step0", experiment["step_0"], task, [0])
+        step = _step(experiment, save_dir, "step0", seed, name, 0, experiment["step_0"])
+        base = Sequence("step0", task, seed, [step])
         bases.append(base)
         for method, flags in experiment["methods"].items():
-            flags, steps = f"{experiment['later']} {flags}", range(1, len(task.steps))
-            others.append(make(method, flags, task, steps, base))
+            flags = f"{experiment['later']} {flags}"
+            numbers = range(1, len(task.steps))
+            steps = [_step(experiment, save_dir, method, seed, name, t, flags) for t in numbers]
+            others.append(Sequence(method, task, seed, steps, base))
         if experiment["joint"]:
-            joint = get_task("joint", experiment["setting"])
-            others.append(make("joint", experiment["joint"], joint, [0]))
+            step = _step(experiment, save_dir, "joint", seed, "joint", 0, experiment["joint"])
+            others.append(Sequence("joint", task, seed, [step]))
     return bases, others
 
 
-def _make_run(experiment, save_dir, seed, task, method, flags, trained, steps, base=None):
-    """The run of a method on a task; `trained` is the task of its calls."""
-    calls = [_call(experiment, save_dir, trained, method, seed, step, flags) for step in steps]
-    try:
-        configs = [read_train(call)[0] for call in calls]
-    except UserError as error:
-        raise UserError(f"{method}: {error}") from None
-    return Run(method, task, seed, calls, configs, base)
-
-
-def _call(experiment, save_dir, task, method, seed, step, flags):
-    words = {
-        "-c": experiment["config"],
+def _step(experiment, save_dir, method, seed, task, number, flags):
+    """The flags of train_voc.py for one step, and the configuration that they make."""
+    own = {
+        "-c": ROOT / experiment["config"],
         "--save_dir": save_dir,
         "--name": f"{_folder_name(method)}-seed{seed}",
         "--seed": seed,
-        "--task_name": task.name,
-        "--task_setting": task.setting,
-        "--task_step": step,
+        "--task_name": task,
+        "--task_setting": experiment["setting"],
+        "--task_step": number,
         "--resume": "auto",
     }
-    further = _split(f"{experiment['flags']} {flags}")
-    for word in further:
-        if re.match(r"-[a-z]", word) or word.partition("=")[0] in {*words, *RESERVED}:
-            raise UserError(f"{method}: {word} is not a flag to give here, the experiment sets it")
-    return [*(str(word) for pair in words.items() for word in pair), *further]
+    try:
+        further = _split(f"{experiment['flags']} {flags}")
+        for word in further:
+            if re.match(r"-[a-z]", word) or word.partition("=")[0] in {*own, *RESERVED}:
+                raise UserError(f"{word} is not a flag to give here, the experiment sets it")
+        words = [*(str(word) for pair in own.items() for word in pair), *further]
+        return words, read_train(words)[0]
+    except UserError as error:
+        raise UserError(f"{method}: {error}") from None
 
 
 def _split(flags):
@@ -154,126 +168,228 @@ def _split(flags):
         raise UserError(f"cannot read the flags {flags}: {error}") from None
 
 
-def has_results(config: Config) -> bool:
-    """True if the step is finished with these settings."""
-    with contextlib.suppress(UserError):
-        return is_finished(config)
-    return False
+@dataclass
+class Call:
+    """A call of train_voc.py for a step of a sequence, and how far it is.
+
+    place: as Runner has it. log: what the call prints, from byte `begin` on.
+    done: part of the training, 0 to 1. first: when it was first seen training, and done then.
+    """
+
+    sequence: Sequence
+    step: int
+    place: str | None
+    log: Path
+    begin: int
+    process: subprocess.Popen
+    done: float = 0.0
+    first: tuple[float, float] | None = None
+    text: str = "starting"
+
+    def __str__(self) -> str:
+        of = self.sequence
+        return f"{of.task.name} {of.method}/{of.seed} step {self.step}: {self.text}"
+
+    def look(self) -> None:
+        """Read in the log how far it is."""
+        with open(self.log, "rb") as file:
+            file.seek(max(self.begin, file.seek(0, os.SEEK_END) - 4096))
+            found = PROGRESS.findall(file.read().decode(errors="replace"))
+        if not found:
+            return
+        epoch, epochs, iteration, iterations, loss = found[-1]
+        done = (int(epoch) - 1 + int(iteration or 1) / int(iterations or 1)) / int(epochs)
+        if done == self.done:
+            return
+        now, self.done = time.monotonic(), done
+        self.first = self.first or (now, done)
+        self.text = f"epoch {epoch}/{epochs}, {loss}" if done < 1 else "evaluating"
+        if done > self.first[1]:
+            seconds = (now - self.first[0]) / (done - self.first[1])
+            self.sequence.seconds = seconds
+            self.text += f", {_duration(seconds * (1 - done))} to go" if done < 1 else ""
+
+
+def _duration(seconds):
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 class Runner:
-    """Runs calls on a fixed number of slots, each with its share of the machine."""
+    """Trains sequences, those of step 0 first, and shows where they are.
 
-    def __init__(self, slots: list[dict[str, str]], lock: int, log_dir: Path):
-        self.slots, self.lock, self.log_dir = queue.SimpleQueue(), lock, log_dir
+    places: of the calls that run at a time; each is the GPU to see, or None for a share of the cores.
+    folder: of the runs; it is locked as long as this, or a call that this started, lives.
+    """
+
+    def __init__(self, bases: list[Sequence], others: list[Sequence], places: list, folder: Path):
+        self.bases, self.others, self.places = bases, others, places
         self.launcher = _split(os.environ.get("LAUNCHER", "")) or [sys.executable]
-        self.processes: set[subprocess.Popen] = set()
-        self.stopping = False
-        for slot in slots:
-            self.slots.put(slot)
+        self.lock, self.logs = lock(folder), folder / "calls"
+        self.logs.mkdir(exist_ok=True)
+        self.calls: list[Call] = []
+        self.failed: set[Sequence] = set()
+        self.interrupted = False
+        self.live = sys.stdout.isatty()
+        self.shown, self.shown_at = "", time.monotonic()
 
-    def __call__(self, run: Run) -> str | None:
-        """Train what is missing of a run; the error's line if a step fails."""
+    def run(self, results: Callable[[], None]) -> int:
+        """Train what is left; returns the number of sequences that failed.
+
+        What starts from one that failed is left out. results() is called first and after each step.
+        """
+        for sequence in [*self.bases, *self.others]:
+            sequence.left = list(sequence.steps)
+            try:
+                if sequence.base not in self.failed:
+                    sequence.left = [step for step in sequence.steps if not is_finished(step[1])]
+            except UserError as error:
+                self._fail(sequence, error)
+        results()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._interrupt)
         try:
-            for call, config in zip(run.calls, run.configs, strict=True):
-                if is_finished(config) or self.stopping:
-                    continue
-                if run.base and config.task.step == 1:
-                    call = [*call, "--prev_checkpoint", str(_model(run.base))]
-                self.train(run, config, call)
-        except UserError as error:
-            print(f"failed      {run.title}: {error}", file=sys.stderr)
-            return str(error)
+            self._run_stage(self.bases, results)
+            self._run_stage(self.others, results)
+        finally:
+            self._stop()
+        return len(self.failed)
 
-    def train(self, run: Run, config: Config, call: list[str]) -> None:
-        """One call of train_voc.py in a free slot; its output goes to a log."""
-        slot = self.slots.get()
-        log = self.log_dir / f"{config.step_dir().parent.name}_{config.task.step}.txt"
-        _say(f"started     {run.title}, step {config.task.step}: {log}")
+    def _interrupt(self, *_):
+        """Handle a signal: an exception from here could lose track of a process that just starts."""
+        self.interrupted = True
+
+    def _run_stage(self, stage, results):
+        waiting, free = self._open(stage), list(self.places)
+        at_a_time = min(len(waiting), len(free))
+        while waiting or self.calls:
+            while waiting and free:
+                sequence = waiting.pop(0)
+                try:
+                    self.calls.append(self._start(sequence, free[0], at_a_time))
+                    free.pop(0)
+                except UserError as error:
+                    self._fail(sequence, error)
+            self._show()
+            time.sleep(0.2)
+            if self.interrupted:
+                raise KeyboardInterrupt
+            for call in [call for call in self.calls if call.process.poll() is not None]:
+                self._end(call)
+                free.append(call.place)
+                waiting = self._open([call.sequence]) + waiting
+                results()
+
+    def _open(self, stage):
+        """The sequences with steps left that neither failed nor start from one that did."""
+        return [s for s in stage if s.left and not {s, s.base} & self.failed]
+
+    def _start(self, sequence, place, at_a_time):
+        """The call for a sequence's next step, with its share of what so many calls share."""
+        words, config = sequence.left[0]
+        command = [*self.launcher, str(ROOT / "train_voc.py"), *words]
+        if sequence.base and config.task.step == 1:
+            folder = sequence.base.steps[0][1].step_dir()
+            command += ["--prev_checkpoint", str(final_checkpoint(folder) or folder)]
+        environment = dict(os.environ)
+        if place is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = place
+        elif at_a_time > 1:
+            environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // at_a_time)))
+        log = self.logs / f"{config.step_dir().parent.name}_{config.task.step}.txt"
         try:
             with open(log, "ab") as file:
+                begin = file.tell()
                 process = subprocess.Popen(
-                    [*self.launcher, str(ROOT / "train_voc.py"), *call],
-                    env={**os.environ, **slot},
+                    command,
+                    env=environment,
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    pass_fds=[self.lock],  # who holds it, this process or one it left, is at work
+                    pass_fds=[self.lock.fileno()] if fcntl else [],  # a call may outlive this process
                 )
-            self.processes.add(process)
-            if self.stopping:
-                self.stop()
-            code = process.wait()
-            self.processes.remove(process)
         except OSError as error:
-            raise UserError(f"cannot start {self.launcher[0]}: {error}") from None
-        finally:
-            self.slots.put(slot)
-        if code and not self.stopping:
-            last = log.read_text(errors="replace").strip().splitlines()[-1:]
-            raise UserError(f"step {config.task.step} ended with code {code}: {' '.join(last)} ({log})")
-        if not code:
-            _say(f"finished    {run.title}, step {config.task.step}")
+            raise UserError(f"cannot start {command[0]}: {error}") from None
+        self._say(f"started     {sequence.title}, step {config.task.step}: {log}")
+        return Call(sequence, config.task.step, place, log, begin, process)
 
-    def stop(self) -> None:
+    def _end(self, call):
+        """Say how a call has ended."""
+        self.calls.remove(call)
+        if code := call.process.returncode:
+            last = call.log.read_text(errors="replace").strip().splitlines()[-1:]
+            error = f"step {call.step} ended with code {code}: {' '.join(last)} ({call.log})"
+            self._fail(call.sequence, error)
+        else:
+            call.sequence.left.pop(0)
+            self._say(f"finished    {call.sequence.title}, step {call.step}")
+
+    def _fail(self, sequence, error):
+        self.failed.add(sequence)
+        self._say(f"failed      {sequence.title}: {error}", sys.stderr)
+
+    def _say(self, line, file=None):
+        self._rewrite("")
+        print(line, file=file or sys.stdout, flush=True)
+
+    def _rewrite(self, line):
+        """On a terminal, put this in the place of the line that keeps up."""
+        if self.live and line != self.shown:
+            print(f"\r{' ' * len(self.shown)}\r{line}", end="", flush=True)
+            self.shown = line
+
+    def _show(self):
+        """Show where the calls are: on a terminal in a line that keeps up, else in one a minute."""
+        for call in self.calls:
+            call.look()
+        line = " | ".join([self._overall(), *map(str, self.calls)])
+        if self.live:
+            width = shutil.get_terminal_size().columns - 1
+            if len(line) > width:  # without what is missed least: the task comes first after a bar
+                line = re.sub(r"(?<=\| )\S+ | done|about |epoch |, loss [\d.]+| to go", "", line)
+            self._rewrite(line[:width])
+        elif line != self.shown and time.monotonic() >= self.shown_at + LOG_SECONDS:
+            self._say(f"running     {line}")
+            self.shown, self.shown_at = line, time.monotonic()
+
+    def _overall(self):
+        """The steps that are done, and the time to go as far as it can be told."""
+        sequences = [*self.bases, *self.others]
+        steps, left = sum(len(s.steps) for s in sequences), sum(len(s.left) for s in sequences)
+        text = f"{steps - left}/{steps} steps done"
+        running = {call.sequence: call for call in self.calls}
+        if not running or not all(s.seconds for s in running) or self._open(self.bases):
+            return text  # step 0 says nothing of the time that the other steps take
+        # a method that has not run yet is taken to be like those that run
+        usual, seconds = mean(s.seconds for s in running), 0.0
+        for s in self._open(self.others):
+            done = running[s].done if s in running else 0
+            seconds += (len(s.left) - done) * (s.seconds or usual)
+        return f"{text}, about {_duration(seconds / len(running))} to go"
+
+    def _stop(self):
         """End what is running; it resumes from its last epoch next time."""
-        self.stopping = True
-        for process in list(self.processes):
+        self._rewrite("")
+        end = getattr(os, "killpg", os.kill)  # where there are groups, the loader workers too
+        for call in self.calls:
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGTERM)  # its loader workers too
+                end(call.process.pid, signal.SIGTERM)
+        for call in self.calls:
+            call.process.wait()
+        self.lock.close()
 
 
-def _say(line):
-    sys.stdout.write(f"{line}\n")  # in one piece, also from several threads
-    sys.stdout.flush()
+def lock(folder: Path) -> TextIO:
+    """Make the folder and lock it, unless there is no fcntl; UserError while another has the lock.
 
-
-def _model(base: Run) -> Path:
-    path = final_checkpoint(base.configs[0].step_dir())
-    if path is None:
-        raise UserError(f"no model of step 0 in {base.configs[0].step_dir()}")
-    return path
-
-
-def run_all(bases: list[Run], others: list[Run], runner: Runner, results: Callable) -> int:
-    """All runs, those of step 0 first; returns the number that failed.
-
-    What starts from a step 0 that failed is left out. results() is called before and after each run.
+    Returns the file that is locked, to be kept open.
     """
-    results()
-    failed = []
-    with concurrent.futures.ThreadPoolExecutor(max_workers=runner.slots.qsize()) as pool:
-        try:
-            for stage in (bases, others):
-                runs = {pool.submit(runner, run): run for run in stage if run.base not in failed}
-                for done in concurrent.futures.as_completed(runs):
-                    if done.result() is not None:
-                        failed.append(runs[done])
-                    results()
-        except BaseException:
-            runner.stop()
-            pool.shutdown(cancel_futures=True)
-            raise
-    return len(failed)
-
-
-def collect(runs: list[Run]) -> list[dict]:
-    """The rows of results.csv: the steps that are finished, of runs with more than a shared step 0."""
-    rows = []
-    for run in runs:
-        shared = run.base.configs if run.base else []
-        configs = list(filter(has_results, run.configs))
-        if configs and all(map(has_results, shared)):
-            rows += [row(run.method, run.task, run.seed, config) for config in [*shared, *configs]]
-    return rows
-
-
-def lock(folder: Path) -> int:
-    """A lock on the folder of the runs, as a file descriptor; UserError while another holds it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file = open(folder / ".lock", "a")  # noqa: SIM115
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise UserError(
             f"experiments are running in {folder} already: wait for them, end them, or give another "
@@ -281,58 +397,68 @@ def lock(folder: Path) -> int:
         ) from None
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}") from None
-    return descriptor
+    return file
 
 
-def make_slots(jobs: int, gpus: str | None) -> list[dict[str, str]]:
-    """The environment of each of the runs that go on at a time."""
-    if gpus is not None:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        names = visible.split(",") if visible else None
-        try:
-            indices = [int(gpu) for gpu in gpus.split(",")]
-            return [{"CUDA_VISIBLE_DEVICES": names[i] if names else str(i)} for i in indices]
-        except (ValueError, IndexError):
-            seen = f" of CUDA_VISIBLE_DEVICES={visible}" if visible else ""
-            raise UserError(f"--gpus is {gpus!r}; give indices{seen} such as 0 or 0,1") from None
-    if jobs < 1:
-        raise UserError(f"--jobs is {jobs}; it must be at least 1")
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores() // jobs)))
-    return [{"OMP_NUM_THREADS": threads}] * jobs if jobs > 1 else [{}]
+def collect(sequences: list[Sequence]) -> list[dict]:
+    """The rows of results.csv: the steps that are finished, of sequences with more than a step 0."""
+    rows = []
+    for sequence in sequences:
+        shared = sequence.base.steps if sequence.base else []
+        finished = [step for step in sequence.steps if _has_results(step)]
+        if finished and all(map(_has_results, shared)):
+            for _, config in [*shared, *finished]:
+                rows.append(row(sequence.method, sequence.task, sequence.seed, config))
+    return rows
 
 
-def choose(experiment: dict, path: Path, seeds: list | None, methods: list | None) -> Callable:
-    """Test for the runs that are asked for; UserError for what the experiment does not have."""
-    joint = ["joint"] if experiment["joint"] else []
-    have = {"seeds": experiment["seeds"], "methods": [*experiment["methods"], *joint]}
-    for key, asked in (("seeds", seeds), ("methods", methods)):
-        for name in asked or []:
-            if name not in have[key]:
-                raise UserError(f"{path} has no {name}: its {key} are {', '.join(map(str, have[key]))}")
-    seeds, methods = seeds or have["seeds"], methods or have["methods"]
-    return lambda run: run.seed in seeds and run.method in methods
+def _has_results(step):
+    """True if the step is finished with these settings."""
+    with contextlib.suppress(UserError):
+        return is_finished(step[1])
+    return False
+
+
+def make_places(jobs: int, gpus: str | None) -> list[str | None]:
+    """For each call that may run at a time the GPU that it sees; without gpus jobs times None."""
+    if gpus is None:
+        if jobs < 1:
+            raise UserError(f"--jobs is {jobs}; it must be at least 1")
+        return [None] * jobs
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else None
+    try:
+        return [names[int(gpu)] if names else str(int(gpu)) for gpu in gpus.split(",")]
+    except (ValueError, IndexError):
+        seen = f" of CUDA_VISIBLE_DEVICES={visible}" if visible else ""
+        raise UserError(f"--gpus is {gpus!r}; give indices{seen} such as 0 or 0,1") from None
+
+
+def choose(path: Path, key: str, known: list, asked: list | None) -> list:
+    """The seeds or methods that are asked for, by default all; UserError for one that is not known."""
+    for name in asked or []:
+        if name not in known:
+            raise UserError(f"{path} has no {name}: its {key} are {', '.join(map(str, known))}")
+    return asked or known
 
 
 def _main(arguments):
     path = arguments.experiment
     experiment = read_experiment(path)
-    asked_for = choose(experiment, path, arguments.seeds, arguments.methods)
-    slots = make_slots(arguments.jobs, arguments.gpus)
+    methods = [*experiment["methods"], *(["joint"] if experiment["joint"] else [])]
+    seeds = choose(path, "seeds", experiment["seeds"], arguments.seeds)
+    methods = choose(path, "methods", methods, arguments.methods)
+    places = make_places(arguments.jobs, arguments.gpus)
     save_dir = arguments.save_dir or experiment["save_dir"]
     bases, others = plan(experiment, save_dir)
+    # by folder, since the joint training of a seed is the same for all tasks
+    asked = [s for s in others if s.seed in seeds and s.method in methods]
+    todo = list({s.steps[0][1].step_dir(): s for s in asked}.values())
     folder = Path(save_dir).expanduser()
     results = (arguments.output or folder / path.stem) / "results.csv"
-    held = lock(folder)
-    (folder / "calls").mkdir(exist_ok=True)
-    runner = Runner(slots, held, folder / "calls")
-    # the joint training of a seed is the same for all tasks
-    todo = {run.configs[0].step_dir(): run for run in filter(asked_for, others)}
-    failures = run_all(
-        [base for base in bases if any(run.base is base for run in todo.values())],
-        list(todo.values()),
-        runner,
-        lambda: write_results(results, collect(others)),
-    )
+    needed = [base for base in bases if any(s.base is base for s in todo)]
+    runner = Runner(needed, todo, places, folder)
+    failures = runner.run(lambda: write_results(results, collect(others)))
     print(f"results     {results}")
     return failures
 
@@ -349,7 +475,6 @@ def main() -> None:
     places = parser.add_mutually_exclusive_group()
     places.add_argument("--jobs", type=int, default=1, help="runs at a time, sharing the cores")
     places.add_argument("--gpus", help="such as 0,1,2: a run at a time on each of these GPUs")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         failures = _main(parser.parse_args())
     except UserError as error:
