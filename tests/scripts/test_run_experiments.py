@@ -25,7 +25,6 @@ from scripts.results import COLUMNS, group_means, row
 from scripts.run_experiments import main, make_places, plan, read_experiment
 from tests.helpers import PROJECT, error_line, small_config, snapshot
 from utils.checkpoint import read_checkpoint
-from utils.errors import UserError
 
 GROUPS = {"old": "old", "new": "new", "all": "overall", "hIoU": "harmonic"}
 METHODS = {"image replay": "--replay image", "EIR": ""}
@@ -191,12 +190,8 @@ class TestWholeExperiment:
         ended = lines_of(finished.said.stdout, "finished")
         assert ended[0] == "finished    10-10 step0, seed 1, step 0"
         assert set(ended[1:]) == {f"finished    10-10 {method}, seed 1, step 1" for method in METHODS}
+        assert len(list((finished.saved / "models").glob("*/*"))) == 3
         assert finished.said.stdout.endswith(f"results     {finished.saved}/tiny/results.csv\n")
-
-    def test_step_0_is_trained_once(self, finished):
-        names = {f"{p.parent.name}/{p.name}" for p in (finished.saved / "models").glob("*/*")}
-        methods = {f"overlap_10-10_{name}-seed1/step_1" for name in ("image-replay", "EIR")}
-        assert names == {"overlap_10-10_step0-seed1/step_0"} | methods
 
     def test_rows_are_what_the_steps_have_on_disk(self, finished):
         rows = finished.rows()
@@ -313,14 +308,6 @@ class TestFailures:
         assert line.startswith("failed      10-10 step0, seed 1: ") and "(trainer.epochs)" in line
         assert place.rows() == []
 
-    def test_a_step_0_that_fails(self, fresh):
-        fresh.write(seeds=[1, 2])
-        result = call(fresh, "--jobs", 1)
-        assert result.returncode == 1
-        assert [line.partition(": ")[0] for line in result.stderr.splitlines()] == [
-            "failed      10-10 step0, seed 1", "failed      10-10 step0, seed 2"
-        ]  # fmt: skip
-
     def test_a_launcher_that_is_not_there(self, fresh):
         result = call(fresh, launcher="no_such_launcher")
         assert result.returncode == 1 and "cannot start no_such_launcher" in result.stderr
@@ -337,7 +324,8 @@ class TestWhatIsRun:
     )
     def test_only_what_is_asked_for_and_what_it_needs(self, fresh, flags, folders):
         fresh.write(seeds=[1, 2], tasks=["10-10", "15-5"], joint="--epochs 1")
-        assert call(fresh, *flags).returncode == 1
+        result = call(fresh, *flags)
+        assert result.returncode == 1 and len(result.stderr.splitlines()) == len(folders)
         assert set(fresh.logs()) == {f"overlap_{folder}_0" for folder in folders}
 
     def test_only_step_1_starts_from_the_shared_step_0(self, fresh, fake):
@@ -456,18 +444,15 @@ class TestBadInput:
             (("--methods", "EIR", "DKD"), "has no DKD: its methods are image replay, EIR"),
             (("--methods", "joint"), "has no joint: its methods are image replay, EIR"),
             (("--jobs", 0), "--jobs is 0"),
+            (("--gpus", "0,"), "give indices of CUDA_VISIBLE_DEVICES=4,5"),
+            (("--gpus", "2"), "give indices of CUDA_VISIBLE_DEVICES=4,5"),
         ],
     )
-    def test_in_the_flags(self, fresh, flags, words):
+    def test_in_the_flags(self, fresh, monkeypatch, flags, words):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
         result = call(fresh, *flags)
         assert words in error_line(result) and result.stdout == ""
         assert not fresh.saved.exists()
-
-    @pytest.mark.parametrize("gpus", ["", "a", "0,", "2"])
-    def test_gpus(self, gpus, monkeypatch):
-        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
-        with pytest.raises(UserError, match="give indices of CUDA_VISIBLE_DEVICES=4,5"):
-            make_places(1, gpus)
 
     @pytest.mark.parametrize("flag", ["--save_dir", "--output"])
     def test_a_folder_that_is_a_file(self, fresh, tmp_path, flag):
