@@ -145,7 +145,9 @@ class TestTrainAndEvaluate:
 
 
 class TestInterruptedStep:
-    def test_resume_after_a_kill_gives_the_weights_of_an_uninterrupted_run(self, voc_root, tmp_path):
+    def test_resume_after_a_kill_gives_the_weights_of_an_uninterrupted_run(
+        self, voc_root, tmp_path, command
+    ):
         settings = {"epochs": 6, "bs": 2, "num_workers": 1}
         killed = train_flags(voc_root, tmp_path / "killed", **settings)
         process = subprocess.Popen(
@@ -163,10 +165,10 @@ class TestInterruptedStep:
         assert 1 <= read_checkpoint(last)["epoch"] < 6
         assert not (last.parent / "metrics.json").exists()
 
-        resumed = run_script("train_voc.py", *killed, "--resume", "auto")
+        resumed = command("train_voc.py", *killed, "--resume", "auto")
         assert resumed.returncode == 0, resumed.stderr
         assert "resumed after epoch" in resumed.stdout
-        whole = run_script("train_voc.py", *train_flags(voc_root, tmp_path / "whole", **settings))
+        whole = command("train_voc.py", *train_flags(voc_root, tmp_path / "whole", **settings))
         assert whole.returncode == 0, whole.stderr
         folders = [tmp_path / name / "models" / STEP for name in ("killed", "whole")]
         ours, theirs = (read_checkpoint(f / "checkpoint-epoch6.pth") for f in folders)

@@ -488,9 +488,13 @@ class TestLoss:
         loss, terms = trainer.training_loss(batch)
         assert loss.item() == 0 and not any(terms.values())
 
-    def test_a_whole_iteration_waits_for_nothing(self, step_1):
+    def test_a_whole_iteration_waits_for_nothing(self, step_1, monkeypatch):
+        """From the batch on the device to the optimiser's step."""
         trainer = step_1()
         raw = raw_batch(trainer)
+        batches = trainer.to_device(raw)
+        monkeypatch.setattr(trainer, "to_device", lambda raw: batches)
+        trainer.paste.views(0)  # at the start of an epoch, on the host
         trainer.model.train()
         incremental_mode(trainer)
         meter = Meter("", 1, trainer.device, shown=False)
