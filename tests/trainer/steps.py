@@ -1,0 +1,49 @@
+"""What the tests of both kinds of steps do with a trainer."""
+
+from pathlib import Path
+
+import torch
+
+from configs.options import Config, TrainCall
+from trainer.base import Trainer
+from trainer.meter import Meter
+from trainer.run import train
+from utils.checkpoint import read_checkpoint
+
+
+def run(config: Config, **request) -> None:
+    """Train a step as train_voc.py does."""
+    train(config, TrainCall(**request))
+
+
+def raw_batch(trainer: Trainer, number: int = 0) -> dict:
+    """A batch of a prepared trainer as its loader gives it."""
+    keys = list(trainer.batches)[number]
+    return torch.utils.data.default_collate([trainer.dataset[key] for key in keys])
+
+
+def silent_meter(trainer: Trainer) -> Meter:
+    return Meter("", len(trainer.batches), trainer.device, shown=False)
+
+
+def assert_same(a, b, where: str = "checkpoint") -> None:
+    """Equality to the last bit, of tensors and of all else."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            assert_same(*pair, f"{where}.{i}")
+    else:
+        assert a == b, where
+
+
+def assert_same_step(folder: Path, other: Path, final: str) -> None:
+    """The same final checkpoint, with all its training state, and the same results."""
+    assert_same(read_checkpoint(folder / final), read_checkpoint(other / final))
+    assert (folder / "metrics.json").read_text() == (other / "metrics.json").read_text()
