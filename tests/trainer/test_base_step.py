@@ -292,7 +292,9 @@ class TestNotFinite:
         with pytest.raises(UserError) as ended:
             trainer.fit()
         message = str(ended.value)
-        assert "not finite in step 0, epoch 2/3, iteration 3 (bce " in message and ", ac nan)" in message
+        assert (
+            "not finite in step 0, epoch 2/3, iteration 3 (bce " in message and ", ac nan)" in message
+        )
         assert all(image in message for image in images)
         for name, parameter in trainer.model.named_parameters():
             assert torch.equal(parameter, weights[name]), name

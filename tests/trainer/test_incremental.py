@@ -2,7 +2,8 @@
 
 import json
 import logging
-from dataclasses import replace
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.options import TrainCall
 from data_loader.data_loaders import StepData
 from data_loader.memory import read_manifest
-from data_loader.tasks import CLASS_NAMES, get_task
-from models.deeplabv3 import DeepLabV3, predict
+from data_loader.tasks import CLASS_NAMES
+from models.deeplabv3 import DeepLabV3, freeze_bn, predict
 from scripts.plain import (
     plain_bce,
     plain_distillation,
@@ -25,11 +25,10 @@ from scripts.plain import (
 )
 from tests.helpers import error_line, small_config, snapshot, train_flags
 from tests.no_waiting import no_waiting
-from trainer import incremental, output
+from tests.trainer.steps import assert_same_step, raw_batch, run, silent_meter
+from trainer import output
 from trainer.base_step import BaseStep
 from trainer.incremental import IncrementalStep
-from trainer.meter import Meter
-from trainer.run import train
 from utils.checkpoint import final_checkpoint, read_checkpoint
 from utils.errors import UserError
 from utils.logging import log
@@ -46,10 +45,6 @@ def settings(root, save_dir, step=1, **changes):
     return small_config(root, save_dir, **{**base, **changes})
 
 
-def run(config, **request) -> None:
-    train(config, TrainCall(**request))
-
-
 @pytest.fixture(autouse=True)
 def quiet():
     """No handler of an earlier test, whose streams are closed by now."""
@@ -57,13 +52,10 @@ def quiet():
 
 
 @pytest.fixture(scope="module")
-def step_0(voc_root, tmp_path_factory):
+def step_0(voc_root, tmp_path_factory, module_cpu):
     """The final checkpoint of step 0 of the shuffled task, trained for an epoch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: False)
-        patch.setattr(torch.cuda, "device_count", lambda: 0)
-        config = settings(voc_root, tmp_path_factory.mktemp("step_0"), 0, freeze_bn=False)
-        run(config)
+    config = settings(voc_root, tmp_path_factory.mktemp("step_0"), 0, freeze_bn=False)
+    run(config)
     return final_checkpoint(config.step_dir())
 
 
@@ -95,18 +87,6 @@ def warnings():
     log.removeHandler(handler)
 
 
-@pytest.fixture
-def float64():
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def raw_batch(trainer, number=0):
-    keys = list(trainer.batches)[number]
-    return torch.utils.data.default_collate([trainer.dataset[key] for key in keys])
-
-
 def state(module):
     return {key: value.clone() for key, value in module.state_dict().items()}
 
@@ -115,120 +95,55 @@ def same_state(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
-def one_iteration(trainer, number=0):
-    """Mean loss and parts of one iteration, as they are reported."""
-    trainer.model.train()
-    incremental_mode(trainer)
-    meter = Meter("", 1, trainer.device, shown=False)
-    trainer.train_iteration(raw_batch(trainer, number), meter)
+def one_iteration(trainer):
+    """Mean loss and its terms of one iteration, as they are reported."""
+    freeze_bn(trainer.model.train())
+    meter = silent_meter(trainer)
+    trainer.train_iteration(raw_batch(trainer), meter)
     return meter.means()
 
 
-def incremental_mode(trainer):
-    for module in trainer.model.modules():
-        if isinstance(module, (torch.nn.BatchNorm2d, torch.nn.Dropout)):
-            module.eval()
+def test_three_steps_one_class_each(voc_root, step_0):
+    for step in (1, 2):
+        config = settings(voc_root, step_0.parents[3], step)
+        run(config)
+        folder = config.step_dir()
+        (record,) = (config.step_dir(kind="log") / "metrics.jsonl").read_text().splitlines()
+        record = json.loads(record)
+        assert all(np.isfinite(record[name]) for name in ("loss", "bce", "kd"))
+        assert record["bce"] > 0 and record["kd"] > 0
+        assert record["loss"] == pytest.approx(record["bce"] + record["kd"])
+        checkpoint = read_checkpoint(folder / "checkpoint-epoch1.pth")
+        assert checkpoint["arch"]["classes"] == [15] + [1] * step
+        assert checkpoint["state_dict"][f"cls.{step + 1}.weight"].shape == (1, 256, 1, 1)
+        metrics = json.loads((folder / "metrics.json").read_text())
+        names = [CLASS_NAMES[c] for c in (0, *ORDER[: 15 + step])]
+        assert list(metrics["Mean_Intersection_over_Union"]["by_class"]) == names
+        memory = read_manifest(folder / "memory")
+        assert memory["classes"] == list(ORDER[: 14 + step])
+        assert len(memory["entries"]) == 9
 
 
-class TestSequence:
-    @pytest.mark.parametrize("task", ["15-1", SHUFFLED])
-    def test_three_steps_one_class_each(self, voc_root, tmp_path, step_0, task):
-        if task == SHUFFLED:
-            save_dir = step_0.parents[3]
-        else:
-            save_dir = tmp_path
-            run(settings(voc_root, save_dir, 0, task_name=task, freeze_bn=False))
-        order = get_task(task, "overlap").order
-        for step in (1, 2):
-            config = settings(voc_root, save_dir, step, task_name=task)
-            run(config)
-            folder = config.step_dir()
-            (record,) = (config.step_dir(kind="log") / "metrics.jsonl").read_text().splitlines()
-            record = json.loads(record)
-            assert all(np.isfinite(record[name]) for name in ("loss", "bce", "kd"))
-            assert record["bce"] > 0 and record["kd"] > 0
-            assert record["loss"] == pytest.approx(record["bce"] + record["kd"])
-            checkpoint = read_checkpoint(folder / "checkpoint-epoch1.pth")
-            assert checkpoint["arch"]["classes"] == [15] + [1] * step
-            assert checkpoint["state_dict"][f"cls.{step + 1}.weight"].shape == (1, 256, 1, 1)
-            metrics = json.loads((folder / "metrics.json").read_text())
-            names = [CLASS_NAMES[c] for c in (0, *order[: 15 + step])]
-            assert list(metrics["Mean_Intersection_over_Union"]["by_class"]) == names
-            memory = read_manifest(folder / "memory")
-            assert memory["classes"] == list(order[: 14 + step])
-            assert len(memory["entries"]) == 9
-
-
-class TestChannels:
-    """Channel k is the k-th class in learning order, in whatever part of the step it appears."""
-
-    def test_labels_memory_and_networks_agree(self, step_1):
-        trainer = step_1()
-        data, dataset = trainer.data, trainer.dataset
-        assert data.task.order == ORDER
-        assert trainer.teacher.classes == [15] and trainer.model.classes == [15, 1]
-        for i, path in enumerate(dataset.images.labels):
-            voc = np.array(Image.open(path))
-            expected = np.where(voc == 255, 255, np.where(voc == NEW, 16, 0))
-            label = dataset.images.load(i)[1]
-            assert (label == 16).any() and np.array_equal(label, expected)
-
-        rows = read_manifest(trainer.folder / "memory")["entries"]
-        assert rows and len(rows) == len(dataset) - len(dataset.images)
-        count = torch.zeros(16, dtype=torch.int64)
-        for i, row in enumerate(rows):
-            voc = np.array(Image.open(trainer.folder / "memory" / f"{row.file}_label.png"))
-            channels = np.zeros_like(voc)
-            for k, c in enumerate(OLD, start=1):
-                channels[voc == c] = k
-            shown = dataset.memory.replay(i)[1].numpy()
-            assert np.array_equal(shown[shown > 0], channels[channels > 0])
-            count[OLD.index(row.drawn_for) + 1] += 1
-        assert torch.equal(trainer.paste.bank.count, count)
-
-    def test_pseudo_labels_and_pastes_use_the_same_channels(self, step_1, monkeypatch):
-        trainer = step_1(pseudo_thresh=0.1)
-        (batch,) = trainer.to_device(raw_batch(trainer))
-        score = torch.full((len(batch.images), 16, 4, 4), -5.0)
-        score[:, 7] = 5.0
-        monkeypatch.setattr(trainer, "teach", lambda images: score)
-        seen = {}
-        compose = trainer.compose
-
-        def spy(batch, labels):
-            seen["labels"], seen["composite"] = labels, compose(batch, labels)
-            return seen["composite"]
-
-        monkeypatch.setattr(trainer, "compose", spy)
-        trainer.training_loss(batch)
-        filled = batch.labels == 0
-        assert filled.any() and (seen["labels"][filled] == 7).all()
-        assert torch.equal(seen["labels"][~filled], batch.labels[~filled])
-        assert seen["composite"].classes.max() <= 15
-        drawn = set(trainer.dataset.memory.drawn_for)
-        used = seen["composite"].weights.flatten(2).any(dim=2)
-        assert used.any() and set(seen["composite"].classes[used].tolist()) <= drawn
-
-    def test_a_few_images_are_learned_in_a_shuffled_order(self, tmp_path):
-        """Each VOC class comes out at its channel, the old ones after step 1 too."""
-        root = coloured_squares(tmp_path / "squares", {9: "red", 19: "green", NEW: "blue"})
-        changes = {"mem_size": 6, "trainer__verbosity": 0}
-        config = settings(root, tmp_path, 0, epochs=20, lr=0.03, freeze_bn=False, **changes)
-        base = BaseStep(config, StepData(config))
-        for module in base.model.modules():
-            if isinstance(module, torch.nn.BatchNorm2d):
-                module.momentum = 0.1  # statistics that follow a run as short as this one
-        base.fit()
-        config = settings(root, tmp_path, 1, epochs=14, lr=0.005, **changes)
-        IncrementalStep(config, StepData(config), None, final_checkpoint(base.folder)).fit()
-        for step in (0, 1):
-            folder = settings(root, tmp_path, step).step_dir()
-            model = DeepLabV3([15, 1][: step + 1], "tiny")
-            checkpoint = read_checkpoint(final_checkpoint(folder))
-            model.load_state_dict(checkpoint["state_dict"])
-            right, total = recall(model.eval(), root)
-            for c in (9, 19, NEW)[: step + 2]:
-                assert right[c] > 0.7 * total[c] > 0, (step, c)
+def test_a_few_images_are_learned_in_a_shuffled_order(tmp_path):
+    """Each VOC class comes out at its channel, the old ones after step 1 too."""
+    root = coloured_squares(tmp_path / "squares", {9: "red", 19: "green", NEW: "blue"})
+    changes = {"mem_size": 6, "trainer__verbosity": 0}
+    config = settings(root, tmp_path, 0, epochs=20, lr=0.03, freeze_bn=False, **changes)
+    base = BaseStep(config, StepData(config))
+    for module in base.model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            module.momentum = 0.1  # statistics that follow a run as short as this one
+    base.fit()
+    config = settings(root, tmp_path, 1, epochs=14, lr=0.005, **changes)
+    IncrementalStep(config, StepData(config), None, final_checkpoint(base.folder)).fit()
+    for step in (0, 1):
+        folder = settings(root, tmp_path, step).step_dir()
+        model = DeepLabV3([15, 1][: step + 1], "tiny")
+        checkpoint = read_checkpoint(final_checkpoint(folder))
+        model.load_state_dict(checkpoint["state_dict"])
+        right, total = recall(model.eval(), root)
+        for c in (9, 19, NEW)[: step + 2]:
+            assert right[c] > 0.7 * total[c] > 0, (step, c)
 
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (40, 50, 230)}
@@ -276,6 +191,7 @@ class TestStart:
     def test_the_student_starts_from_the_teacher(self, step_1, step_0):
         trainer = step_1()
         before = read_checkpoint(step_0)["state_dict"]
+        assert trainer.teacher.classes == [15] and trainer.model.classes == [15, 1]
         assert same_state(state(trainer.teacher), before)
         assert same_state({k: v for k, v in state(trainer.model).items() if k in before}, before)
         images = torch.randn(2, 3, 64, 64)
@@ -316,9 +232,8 @@ class TestStart:
     def test_batch_normalisation_learns_unless_it_is_frozen(self, step_1):
         trainer = step_1(freeze_bn=False)
         before = state(trainer.model)
-        meter = Meter("", 1, trainer.device, shown=False)
         trainer.model.train()
-        trainer.train_iteration(raw_batch(trainer), meter)
+        trainer.train_iteration(raw_batch(trainer), silent_meter(trainer))
         after = state(trainer.model)
         changed = {key for key in after if not torch.equal(before[key], after[key])}
         assert {"aspp.last_conv.1.running_mean", "aspp.last_conv.1.weight"} <= changed
@@ -354,15 +269,6 @@ class TestStart:
         plain = step_1()
         assert not torch.equal(plain.model.cls[2].weight, plain.model.cls[0].weight)
 
-    def test_with_prev_checkpoint_no_finished_step_is_needed(self, voc_root, tmp_path, step_0, command):
-        flags = train_flags(
-            voc_root, tmp_path, task_name=SHUFFLED, task_step=1, epochs=1, prev_checkpoint=step_0
-        )
-        ended = command("train_voc.py", *flags, "--freeze_bn", "--mem_size", 9)
-        assert ended.returncode == 0, ended.stderr
-        final = final_checkpoint(settings(voc_root, tmp_path).step_dir())
-        assert read_checkpoint(final)["arch"]["classes"] == [15, 1]
-
     @pytest.mark.parametrize("unfinished", [False, True])
     def test_without_a_finished_step_before_it_says_what_to_do(
         self, voc_root, tmp_path, command, unfinished, step_0
@@ -392,14 +298,13 @@ class TestStart:
         assert len(named) == (kind != "eir")
         assert all(str(tmp_path / "previous.pth") in text for text in named)
 
-    def test_a_model_of_another_class_order_is_refused(self, voc_root, tmp_path, step_0):
-        config = settings(voc_root, tmp_path, task_name="15-1")
-        with pytest.raises(UserError, match="or in another order"):
-            IncrementalStep(config, StepData(config), None, step_0)
-
-    def test_a_model_of_other_classes_is_refused(self, voc_root, tmp_path, step_0):
-        config = settings(voc_root, tmp_path, task_name="10-1")
-        with pytest.raises(UserError, match=r"learned other classes than 10-1 has there"):
+    @pytest.mark.parametrize("task", ["15-1", "10-1"])
+    def test_a_model_of_other_classes_or_another_order_is_refused(
+        self, voc_root, tmp_path, step_0, task
+    ):
+        config = settings(voc_root, tmp_path, task_name=task)
+        words = f"learned other classes than {task} has there, or in another order"
+        with pytest.raises(UserError, match=words):
             IncrementalStep(config, StepData(config), None, step_0)
 
 
@@ -423,8 +328,7 @@ class TestLoss:
         with torch.no_grad():
             trainer.teacher.cls[0].bias.fill_(-3.0)
             trainer.teacher.cls[1].weight.normal_(std=0.3)
-        trainer.model.train()
-        incremental_mode(trainer)
+        freeze_bn(trainer.model.train())
         batches = trainer.to_device(raw_batch(trainer))
         found = SimpleNamespace(loss=0.0, terms={"bce": 0.0, "kd": 0.0}, grad=None)
         for batch in batches:
@@ -447,39 +351,6 @@ class TestLoss:
             difference = (found.grad[name] - gradient).abs().max()
             assert difference <= 1e-9 * max(1, gradient.abs().max()), name
 
-    def test_doubtful_background_counts_in_the_distillation_only(self, step_1, monkeypatch):
-        trainer = step_1(replay="none")
-        settings = trainer.config.hyperparameter
-        incremental_mode(trainer)
-        (batch,) = trainer.to_device(raw_batch(trainer))
-        scores = torch.full((len(batch.images), 16, 4, 4), -5.0)
-        scores[:, 3, :2] = 0.4  # a score of 0.6 in the upper half, 0.95 in a corner of the lower
-        scores[:, 7, 2:, 2:] = 3.0
-        monkeypatch.setattr(trainer, "teach", lambda images: scores)
-
-        def loss_and_gradient(batch, ignore_thresh):
-            settings.ignore_thresh = ignore_thresh
-            trainer.model.zero_grad()
-            loss, terms = trainer.training_loss(batch)
-            loss.backward()
-            assert loss.item() == pytest.approx(sum(terms.values()).item() / batch.valid.item())
-            return terms["bce"].item(), terms["kd"].item(), trainer.model.cls[1].weight.grad.clone()
-
-        full_size = best_old_scores(scores, batch.labels.shape[-2:])
-        doubtful = (batch.labels == 0) & (full_size >= 0.5) & (full_size < 0.7)
-        assert 0.1 < doubtful.float().mean() < 0.6
-        bce, kd, _ = loss_and_gradient(batch, None)
-        bce_without, kd_without, _ = loss_and_gradient(batch, 0.5)
-        assert kd_without == kd and 0 < bce_without < bce
-        # the same as void pixels, with the normaliser as it was
-        void = replace(batch, labels=torch.where(doubtful, 255, batch.labels))
-        bce_void, kd_void, _ = loss_and_gradient(void, None)
-        assert bce_without == bce_void and kd_void < kd
-        settings.kd = 0.0
-        _, _, gradient = loss_and_gradient(batch, 0.5)
-        _, _, gradient_void = loss_and_gradient(void, None)
-        assert gradient.any() and torch.equal(gradient, gradient_void)
-
     def test_a_batch_of_void_alone_has_a_loss_of_zero(self, step_1):
         trainer = step_1()
         raw = raw_batch(trainer)
@@ -495,19 +366,12 @@ class TestLoss:
         batches = trainer.to_device(raw)
         monkeypatch.setattr(trainer, "to_device", lambda raw: batches)
         trainer.paste.views(0)  # at the start of an epoch, on the host
-        trainer.model.train()
-        incremental_mode(trainer)
-        meter = Meter("", 1, trainer.device, shown=False)
+        freeze_bn(trainer.model.train())
+        meter = silent_meter(trainer)
         before = state(trainer.model)
         with no_waiting():
             trainer.train_iteration(raw, meter)
         assert not same_state(state(trainer.model), before)
-
-
-def best_old_scores(teacher, size):
-    """Best score of a foreground class at full size, [N, H, W]."""
-    logits = torch.nn.functional.interpolate(teacher, size, mode="bilinear", align_corners=False)
-    return logits[:, 1:].amax(dim=1).sigmoid()
 
 
 def whole_batch(trainer, raw):
@@ -568,21 +432,12 @@ def plain_loss(trainer, batch):
 
 
 CHOICES = [
-    {"replay": "none"},
+    {"replay": "none", "kd_mode": "none", "pseudo_labels": False},
     {"replay": "image"},
     {"replay": "instance"},
-    {"replay": "eir"},
     {"mem_size": 0},
-    {"kd_mode": "none"},
-    {"kd_mode": "plain"},
-    {"kd_mode": "unbiased"},
-    {"kd_mode": "rskd"},
-    {"rskd_region": "new"},
     {"kd": 0.0},
-    {"pseudo_labels": False},
     {"ac": 1.0},
-    {"ignore_thresh": 0.5},
-    {"replay": "none", "kd_mode": "none", "pseudo_labels": False},
     {"class_combination": False, "position": False, "fusion": False},
     {"pastes": 1, "fill_in": "none", "max_upscale": 1.0, "paste_augment": "off"},
     {"accumulate": 3},
@@ -635,11 +490,6 @@ class TestChoices:
         same = [images is batch.images for images in seen]
         assert (sum(same), len(same) - sum(same)) == (on_input, on_composite)
 
-    def test_pseudo_labels_off_leaves_the_labels(self, step_1, monkeypatch):
-        trainer = step_1(pseudo_labels=False)
-        monkeypatch.setattr(incremental, "pseudo_labels", lambda *_: pytest.fail("used"))
-        assert one_iteration(trainer)["bce"] > 0
-
     def test_replay_samples_are_marked_and_others_are_not(self, step_1):
         trainer = step_1(bs=1000)
         raw = raw_batch(trainer)
@@ -652,93 +502,68 @@ class TestChoices:
         assert max(old) <= 15 and batch.labels[~batch.replayed].unique().tolist() == [0, 16, 255]
 
 
-class TestLossThatIsNotFinite:
-    def test_it_ends_the_run_and_touches_no_weight(self, step_1, monkeypatch):
-        trainer = step_1()
-        compose, calls, kept = trainer.compose, [], {}
-
-        def broken(batch, labels):
-            calls.append(1)
-            composite = compose(batch, labels)
-            if len(calls) == 2:
-                kept.update(state(trainer.model))
-                composite.images[0, 0, 5, 5] = float("nan")
-            return composite
-
-        monkeypatch.setattr(trainer, "compose", broken)
-        assert len(trainer.batches) > 2
-        ids = [trainer.dataset[key]["id"] for key in list(trainer.batches)[1]]
-        before = snapshot(trainer.folder)
-        with pytest.raises(UserError) as ended:
-            trainer.fit()
-        message = str(ended.value)
-        assert "step 1, epoch 1/1, iteration 2 (bce nan, kd nan)" in message
-        assert ", ".join(ids) in message
-        assert len(calls) > 2
-        assert same_state(state(trainer.model), kept)
-        assert all(p.isfinite().all() for p in trainer.model.parameters())
-        assert snapshot(trainer.folder) == before and not list(trainer.folder.glob("*.pth"))
-
-
 class TestSameWeights:
     """Step 1 with all of EIR comes out the same from other workers and after interruptions."""
 
     @pytest.fixture(scope="class")
     @staticmethod
-    def uninterrupted(voc_root, tmp_path_factory, step_0):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(torch.cuda, "is_available", lambda: False)
-            patch.setattr(torch.cuda, "device_count", lambda: 0)
-            config = settings(
-                voc_root, tmp_path_factory.mktemp("whole"), epochs=3, trainer__save_period=1
-            )
-            run(config, prev_checkpoint=str(step_0))
+    def uninterrupted(voc_root, tmp_path_factory, step_0, module_cpu):
+        folder = tmp_path_factory.mktemp("whole")
+        config = settings(voc_root, folder, epochs=3, trainer__save_period=1)
+        run(config, prev_checkpoint=str(step_0))
         return config.step_dir()
 
-    def compare(self, uninterrupted, config):
-        name = "checkpoint-epoch3.pth"
-        a, b = (read_checkpoint(folder / name) for folder in (uninterrupted, config.step_dir()))
-        assert same_state(a["state_dict"], b["state_dict"])
-        momenta = (c["optimizer"]["state"] for c in (a, b))
-        for one, other in zip(*(m.values() for m in momenta), strict=True):
-            assert torch.equal(one["momentum_buffer"], other["momentum_buffer"])
-        texts = [(f / "metrics.json").read_text() for f in (uninterrupted, config.step_dir())]
-        assert texts[0] == texts[1]
+    @pytest.mark.parametrize(("after", "workers"), [(0, 2), (1, 0)])
+    def test_resumed_run_equals_the_uninterrupted_one(
+        self, uninterrupted, voc_root, tmp_path, step_0, after, workers
+    ):
+        config = settings(voc_root, tmp_path, epochs=3, num_workers=workers)
+        resume = str(uninterrupted / f"checkpoint-epoch{after}.pth") if after else None
+        run(config, resume=resume, prev_checkpoint=str(step_0))
+        assert_same_step(uninterrupted, config.step_dir(), "checkpoint-epoch3.pth")
         assert snapshot(uninterrupted / "memory") == snapshot(config.step_dir() / "memory")
 
-    def test_with_two_workers(self, uninterrupted, voc_root, tmp_path, step_0):
-        config = settings(voc_root, tmp_path, epochs=3, num_workers=2)
+
+class TestOverwrite:
+    @pytest.fixture(scope="class")
+    @staticmethod
+    def finished(voc_root, tmp_path_factory, step_0, module_cpu):
+        """Folder of a finished step 1, to be read only."""
+        config = settings(voc_root, tmp_path_factory.mktemp("finished"), mem_size=6)
         run(config, prev_checkpoint=str(step_0))
-        self.compare(uninterrupted, config)
+        return config.step_dir()
 
-    @pytest.mark.parametrize("after", [1, 2])
-    def test_after_an_interruption(self, uninterrupted, voc_root, tmp_path, step_0, after):
-        config = settings(voc_root, tmp_path, epochs=3)
-        checkpoint = uninterrupted / f"checkpoint-epoch{after}.pth"
-        run(config, resume=str(checkpoint), prev_checkpoint=str(step_0))
-        self.compare(uninterrupted, config)
+    @pytest.fixture
+    def own_step(self, finished, voc_root, tmp_path):
+        """A copy of it that a test may change."""
+        folder = settings(voc_root, tmp_path).step_dir()
+        return Path(shutil.copytree(finished, folder))
 
-    def test_the_seed_matters(self, uninterrupted, voc_root, tmp_path, step_0):
-        config = settings(voc_root, tmp_path, epochs=3, seed=2)
-        run(config, prev_checkpoint=str(step_0))
-        a, b = (
-            read_checkpoint(folder / "checkpoint-epoch3.pth")["state_dict"]
-            for folder in (uninterrupted, config.step_dir())
-        )
-        assert not same_state(a, b)
+    @pytest.fixture
+    def overwrite(self, voc_root, tmp_path, step_0, command):
+        """Overwrite that step, with more flags."""
 
+        def call(*more, **changes):
+            changes = {"mem_size": 6, "prev_checkpoint": step_0, "epochs": 1, **changes}
+            flags = train_flags(voc_root, tmp_path, task_name=SHUFFLED, task_step=1, **changes)
+            return command("train_voc.py", *flags, "--overwrite", *more)
 
-def test_overwriting_draws_the_memory_anew_and_a_refusal_loses_nothing(
-    voc_root, tmp_path, step_0, command
-):
-    flags = train_flags(voc_root, tmp_path, task_name="15-1_b", task_step=1, epochs=1, mem_size=6)
-    flags += ["--freeze_bn", "--prev_checkpoint", str(step_0)]
-    assert command("train_voc.py", *flags).returncode == 0
-    folder = tmp_path / "models" / "overlap_15-1_b_EIR" / "step_1"
-    before = snapshot(folder)
-    error_line(command("train_voc.py", *flags[:-1], tmp_path / "none.pth", "--overwrite"))
-    error_line(command("train_voc.py", *flags, "--mem_size", "4", "--resume", "auto"))
-    assert snapshot(folder) == before
-    again = command("train_voc.py", *flags, "--mem_size", "4", "--overwrite")
-    assert again.returncode == 0
-    assert len(read_manifest(folder / "memory")["entries"]) == 4
+        return call
+
+    def test_it_draws_the_memory_anew(self, own_step, overwrite):
+        again = overwrite("--freeze_bn", mem_size=4)
+        assert again.returncode == 0, again.stderr
+        assert len(read_manifest(own_step / "memory")["entries"]) == 4
+
+    def test_a_refusal_leaves_the_finished_step_as_it_was(self, own_step, overwrite, tmp_path, step_0):
+        before = snapshot(own_step)
+        damaged = tmp_path / "damaged" / "model.pth"
+        (damaged.parent / "memory").mkdir(parents=True)
+        damaged.write_bytes(step_0.read_bytes())
+        for flags, changes, words in (
+            ([], {"mem_size": 5, "bs": 1}, "cannot train on one image"),
+            (["--freeze_bn"], {"prev_checkpoint": "nowhere.pth"}, "no checkpoint at nowhere.pth"),
+            (["--freeze_bn"], {"prev_checkpoint": damaged}, "cannot read the memory in"),
+        ):
+            assert words in error_line(overwrite(*flags, **changes))
+            assert snapshot(own_step) == before
