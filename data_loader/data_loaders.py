@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs.options import Config
 from data_loader.dataset import LabelledImages
-from data_loader.memory import Memory, Source, build_memory
+from data_loader.memory import Memory, Source, build_memory, stored_entries
 from data_loader.tasks import CLASS_NAMES, check_step, get_task
 from data_loader.transforms import EvalTransform, TrainTransform, whole
 from data_loader.voc import VOC2012, LabelIndex
@@ -169,6 +169,20 @@ class StepData:
             return self._dataset(split, whole), 1
         return self._dataset(split, EvalTransform(_crop(settings))), settings.batch_size
 
+    def check(self, previous: Path | None) -> None:
+        """Raise UserError where a step can see now that it has nothing to train on, or to draw from.
+
+        previous: folder of the memory of step t-1.
+        """
+        self.training()
+        settings = self.config.memory
+        if previous and previous.is_dir() and settings.replay != "none" and settings.mem_size:
+            stored_entries(previous, self._kind)
+
+    @property
+    def _kind(self):
+        return "image" if self.config.memory.replay == "image" else "instance"
+
     def memory(self, folder: Path, previous: Path | None) -> Memory | None:
         """The memory of this step, drawn into `folder` unless it is there; None without replay.
 
@@ -186,9 +200,8 @@ class StepData:
         visible, old = self.task.visible(before, "train"), self.task.seen(before)
         chosen = self.select("train", before)
         source = Source(self.lists["train"], self._index("train"), chosen, visible, previous)
-        kind = "image" if settings.replay == "image" else "instance"
         if rank() == 0:
-            build_memory(folder, source, old, kind, settings.mem_size, self.seed)
+            build_memory(folder, source, old, self._kind, settings.mem_size, self.seed)
         barrier()
         memory = Memory(folder, self.task.label_table(old))
         if not len(memory):

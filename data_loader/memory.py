@@ -219,13 +219,20 @@ def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ..
         images.append((int(i), tuple(int(c) for c in visible[shown])))
     if source.previous is None:
         return images, []
-    manifest = read_manifest(source.previous)
+    return images, stored_entries(source.previous, kind)
+
+
+def stored_entries(folder: Path, kind: str) -> list[Entry]:
+    """The entries of a memory; UserError if it is damaged or of another kind."""
+    manifest = read_manifest(folder)
     if manifest.get("kind") != kind:
         raise UserError(
-            f"the memory in {source.previous} is of kind {manifest.get('kind')}, this step needs "
-            f"{kind}: train all steps with the same --replay"
+            f"the memory in {folder} is of kind {manifest.get('kind')}, this step needs {kind}: train "
+            "all steps with the same --replay"
         )
-    return images, manifest["entries"]
+    for entry in manifest["entries"]:
+        _read_files(folder, entry)
+    return manifest["entries"]
 
 
 def balanced_draw(

@@ -70,6 +70,7 @@ class Trainer:
         self.device = device()
         self.epoch = 0
         self.validation = Validation(config)
+        data.check(previous.parent / "memory" if previous else None)
         seed_everything(config.seed, 0)
         torch.backends.cudnn.benchmark = True
 
