@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
@@ -56,18 +56,12 @@ LABELS = arrays(
 
 
 @settings(deadline=None, max_examples=200)
+@example(np.array([[3, 0], [0, 3]], np.uint8))  # diagonal neighbours are two regions
+@example(np.array([[3, 255, 3]], np.uint8))  # void does not join two parts
 @given(LABELS)
 def test_scan_counts_pixels_and_regions_like_a_flood_fill(label):
     pixels, regions = scan_label(label, Path("x.png"))
     assert (pixels.tolist(), regions.tolist()) == count_by_hand(label)
-
-
-def test_diagonal_neighbours_are_two_regions():
-    assert scan_label(np.array([[3, 0], [0, 3]], np.uint8), Path("x"))[1][3] == 2
-
-
-def test_void_between_two_parts_does_not_join_them():
-    assert scan_label(np.array([[3, 255, 3]], np.uint8), Path("x"))[1][3] == 2
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "train_aug"), ("val", "val")])
@@ -173,18 +167,28 @@ class TestLists:
         pairs = VOC2012(own_root).read_list("val")
         path.write_text("\n".join(f" {i} " for i in pairs.ids) + "\n\n")
         assert VOC2012(own_root).read_list("val") == pairs
+        assert VOC2012(own_root).other_labels(pairs).ids == []
 
-    def test_a_bare_id_falls_back_to_segmentation_class(self, own_root):
-        path = own_root / "ImageSets/Segmentation/val.txt"
-        ids = VOC2012(own_root).read_list("val").ids
+    @pytest.mark.parametrize(
+        ("split", "name", "first"),
+        [("train", "train_aug", "SegmentationClassAug"), ("val", "val", "SegmentationClass")],
+    )
+    def test_a_bare_id_has_its_label_in_one_of_two_folders(self, own_root, split, name, first):
+        """In the split's own folder, else in the other one; what the other one has too is known."""
+        path = own_root / f"ImageSets/Segmentation/{name}.txt"
+        ids = VOC2012(own_root).read_list(split).ids
         path.write_text("\n".join(ids))
-        plain = own_root / "SegmentationClass"
+        augmented, plain = own_root / "SegmentationClassAug", own_root / "SegmentationClass"
         plain.mkdir()
-        augmented = own_root / "SegmentationClassAug"
         (augmented / f"{ids[0]}.png").rename(plain / f"{ids[0]}.png")
-        (plain / f"{ids[1]}.png").write_bytes(b"")
-        labels = VOC2012(own_root).read_list("val").labels
-        assert labels[:2] == [plain / f"{ids[0]}.png", augmented / f"{ids[1]}.png"]
+        (plain / f"{ids[1]}.png").write_bytes((augmented / f"{ids[1]}.png").read_bytes())
+        images = VOC2012(own_root).read_list(split)
+        assert images.labels[0] == plain / f"{ids[0]}.png"
+        assert images.labels[1] == own_root / first / f"{ids[1]}.png"
+        assert images.labels[2] == augmented / f"{ids[2]}.png"
+        others = VOC2012(own_root).other_labels(images)
+        assert others.ids == [ids[1]] and others.labels[0].parent in (augmented, plain)
+        assert others.labels[0] != images.labels[1]
 
     @pytest.mark.parametrize("above", [".", "VOC2012", "VOCdevkit/VOC2012"])
     def test_the_root_may_be_the_folder_or_the_devkit_above_it(self, own_root, tmp_path, above):
@@ -193,27 +197,27 @@ class TestLists:
         own_root.rename(target)
         assert len(VOC2012(tmp_path / "top").read_list("val").ids) == 20
 
-    def test_missing_root(self, tmp_path):
+    def test_roots_that_are_none(self, tmp_path):
         with pytest.raises(UserError, match=r"nowhere does not exist: .*--data_root"):
             VOC2012(tmp_path / "nowhere")
-
-    def test_root_without_images(self, tmp_path):
         with pytest.raises(UserError, match="has no JPEGImages"):
             VOC2012(tmp_path)
 
-    def test_missing_list(self, own_root):
-        (own_root / "ImageSets/Segmentation/val.txt").unlink()
-        with pytest.raises(UserError, match=r"no list .*val\.txt"):
-            VOC2012(own_root).read_list("val")
-
-    def test_empty_list(self, own_root):
-        (own_root / "ImageSets/Segmentation/val.txt").write_text("\n")
-        with pytest.raises(UserError, match="is empty"):
-            VOC2012(own_root).read_list("val")
-
-    def test_line_of_three_words(self, own_root):
-        (own_root / "ImageSets/Segmentation/val.txt").write_text("a b c\n")
-        with pytest.raises(UserError, match="cannot read the line 'a b c'"):
+    @pytest.mark.parametrize(
+        ("content", "words"),
+        [
+            (None, r"no list .*val\.txt"),
+            (b"\n", "is empty"),
+            (b"a b c\n", "cannot read the line 'a b c'"),
+            (b"\xff\xfe\x00", r"cannot read the list .*val\.txt"),
+        ],
+    )
+    def test_lists_that_are_none(self, own_root, content, words):
+        path = own_root / "ImageSets/Segmentation/val.txt"
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=words):
             VOC2012(own_root).read_list("val")
 
     def test_missing_files_are_counted_and_the_first_five_named(self, own_root):
@@ -254,7 +258,7 @@ class TestFiles:
         message = self.refusal(own_root)
         assert f"is {width}x{height} but its label {path} is {width + 1}x{height}" in message
 
-    @pytest.mark.parametrize("value", [21, 100, 254])
+    @pytest.mark.parametrize("value", [21, 254])
     def test_class_id_above_20(self, own_root, value):
         path = label_files(own_root, "train_aug")[2]
         label = np.array(Image.open(path))
@@ -262,14 +266,14 @@ class TestFiles:
         save_label(path, label)
         assert self.refusal(own_root).startswith(f"{path} has class id {value}")
 
-    @pytest.mark.parametrize("keep", [0, 10, 60, 0.5, 0.9])
+    @pytest.mark.parametrize("keep", [0, 60, 0.9])
     def test_torn_label(self, own_root, keep):
         path = label_files(own_root, "train_aug")[2]
         data = path.read_bytes()
         path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
         assert str(path) in self.refusal(own_root)
 
-    @pytest.mark.parametrize("keep", [0, 10, 0.3, 0.7])
+    @pytest.mark.parametrize("keep", [0, 0.7])
     def test_torn_photograph(self, own_root, keep):
         path = VOC2012(own_root).read_list("train").images[0]
         data = path.read_bytes()

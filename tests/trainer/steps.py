@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from configs.options import Config, TrainCall
+from models.deeplabv3 import freeze_bn, stop_dropout
 from trainer.base import Trainer
 from trainer.meter import Meter
 from trainer.run import train
@@ -20,6 +21,12 @@ def raw_batch(trainer: Trainer, number: int = 0) -> dict:
     """A batch of a prepared trainer as its loader gives it."""
     keys = list(trainer.batches)[number]
     return torch.utils.data.default_collate([trainer.dataset[key] for key in keys])
+
+
+def training_mode(trainer: Trainer) -> None:
+    """The modes of a step t >= 1 with frozen batch normalisation."""
+    freeze_bn(trainer.model.train())
+    stop_dropout(trainer.model)
 
 
 def silent_meter(trainer: Trainer) -> Meter:
