@@ -33,6 +33,7 @@ from torch.utils import benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.options import Config
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
 from data_loader.dataset import LabelledImages, TrainDataset, normalize
 from data_loader.memory import Memory
@@ -40,21 +41,21 @@ from data_loader.paste import Bank
 from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
 from data_loader.voc import VOC2012, read_image, read_label
-from models.deeplabv3 import DeepLabV3, freeze_bn, upsample_logits
+from models.deeplabv3 import DeepLabV3, freeze_bn, stop_dropout, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
 from scripts.make_synthetic_voc import make_synthetic_voc
 from scripts.plain import Pasted, plain_bce, plain_distillation, plain_paste, plain_soft_labels
 from trainer.base import Batch, Trainer
 from trainer.base_step import BaseStep
 from trainer.evaluate import confusion_matrix
-from trainer.health import Health
 from trainer.incremental import IncrementalStep
+from trainer.meter import Meter
 from trainer.pseudo_labels import pseudo_labels
 from utils.checkpoint import save_checkpoint
-from utils.config import Config
 from utils.distributed import device, peak_memory
 from utils.errors import UserError, exit_with
 from utils.logging import log
+from utils.visualize import VOID
 
 Work = Callable[[], object]
 
@@ -184,7 +185,8 @@ def loader(args: Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder, benchmark.set_torch_threads(1):
         root = args.data_root or photographs(Path(folder) / "voc", args.loader_images, 1)
         files = VOC2012(root).read_list("train")
-        table = get_task("joint", "overlap").label_table(0, "train")
+        task = get_task("joint", "overlap")
+        table = task.label_table(task.order)
         transform = TrainTransform(args.loader_crop)
         n = min(args.loader_images, len(files.ids))
         images = LabelledImages(files.ids, files.images, files.labels, table, transform)
@@ -214,25 +216,27 @@ def loss(args: Namespace) -> list[Row]:
     side = -(-args.crop // 16)
     logits = (8 * random(n, channels, side, side) - 4).requires_grad_()
     teacher = 8 * random(n, old, side, side) - 4
-    base = (random(n, *size) * channels).to(torch.uint8)
+    labels = (random(n, *size) * channels).to(torch.uint8)
     classes = (random(n, k) * (old - 1)).long() + 1
     weights = random(n, k, *size) * (random(n, k, *size) < 0.25) / k
-    scale = (1 / (base != 255).sum().float()).expand(2)
+    scale = 1 / (labels != VOID).sum().float()
 
     def sparse():
-        def parts_of(i, z):
+        def losses(i, z):
             known = upsample_logits(teacher[i : i + 1], size)[0]
             covered = weights[i].sum(dim=0) > 0
-            bce = bce_sum(z, base[i], classes[i], weights[i])
-            return torch.stack([bce, distillation_sum(z, known, base[i], covered)])
+            return {
+                "bce": bce_sum(z, labels[i], classes[i], weights[i]),
+                "kd": distillation_sum(z, known, labels[i], covered, region="all"),
+            }
 
-        sum_over_images(logits, size, parts_of, scale)[0].backward()
+        sum_over_images(logits, size, losses, scale)[0].backward()
 
     def one_hot():
         full, known = upsample_logits(logits, size), upsample_logits(teacher, size)
-        soft = plain_soft_labels(base, classes, weights, channels)
-        kd = plain_distillation(full, known, base, weights.sum(dim=1) > 0, "rskd")
-        ((plain_bce(full, soft, base) + kd).sum() * scale[0]).backward()
+        soft = plain_soft_labels(labels, classes, weights, channels)
+        kd = plain_distillation(full, known, labels, weights.sum(dim=1) > 0, "rskd", "all")
+        ((plain_bce(full, soft, labels) + kd).sum() * scale).backward()
 
     title = f"batch {n}, crop {args.crop}, {channels} channels"
     fast = measure(f"sparse labels, {title}", sparse, args)
@@ -268,16 +272,18 @@ def prepared_step(args: Namespace, number: int = 1) -> Iterator[tuple[Trainer, d
             trainer = IncrementalStep(config, data, previous=previous)
         else:
             trainer = BaseStep(config, data)
+        trainer.prepare()
         trainer.model.train()
         if number:
             freeze_bn(trainer.model)
+            stop_dropout(trainer.model)
         yield trainer, next(iter(make_loader(trainer.dataset, trainer.batches, 0, False)))
 
 
 def iteration(trainer: Trainer, batches: Iterator[dict]) -> Work:
     """A whole training iteration, on the next of these batches."""
-    health = Health(trainer.loss_parts, trainer.device, trainer.data.step)
-    return lambda: trainer.train_iteration(next(batches), health)
+    meter = Meter("benchmark", 0, trainer.device, shown=False)
+    return lambda: trainer.train_iteration(next(batches), meter)
 
 
 def student(trainer: Trainer, images: torch.Tensor) -> None:
@@ -330,13 +336,17 @@ def plain_pasted(
 
     labels: uint8 [N, H, W] with pseudo labels. channels: those of the dense soft labels.
     """
-    table = trainer.data.task.label_table(trainer.data.step - 1, "test")
+    task = trainer.data.task
+    table = task.label_table(task.seen(trainer.data.step - 1))
     stored = Memory(trainer.folder / "memory", table)
     old = 1 + sum(trainer.data.classes[:-1])
-    numbers = trainer.paste.numbers.split(batch.numbers.cpu())
+    views = trainer.paste.views(batch.epoch).cpu()
+    numbers = trainer.paste.random_numbers(batch.epoch, batch.indices)
+    numbers = {name: values.cpu() for name, values in numbers.items()}
     tensors = [tensor.cpu() for tensor in (batch.images, batch.labels, labels)]
     settings, size = trainer.config.hyperparameter.paste, labels.shape[-1]
-    return plain_paste(settings, size, stored, old, channels, *tensors, numbers, batch.replayed.cpu())
+    drawn = views, numbers, batch.replayed.cpu()
+    return plain_paste(settings, size, stored, old, channels, *tensors, *drawn)
 
 
 def plain_iteration(trainer: IncrementalStep, raw: dict) -> None:
@@ -368,6 +378,11 @@ def memory(args: Namespace) -> list[Row]:
     with prepared_step(args) as (trainer, _):
         folder, source = trainer.folder / "memory", trainer.previous.parent / "memory"
         build = partial(trainer.data.memory, folder, source)
+        epochs = itertools.count()
+
+        def views():
+            return trainer.paste.views(next(epochs))
+
         forget = partial(shutil.rmtree, folder, ignore_errors=True)
         stored, channels = trainer.dataset.memory, 1 + sum(trainer.data.classes[:-1])
         size = sum(path.stat().st_size for path in stored.folder.iterdir()) / 2**20
@@ -375,7 +390,8 @@ def memory(args: Namespace) -> list[Row]:
         return [
             measure(f"draw, store and load, {title}", build, args, "ms", before=forget),
             measure("load", build, args, "ms"),
-            measure("pack", lambda: Bank.pack(stored, channels, device()), args, "ms"),
+            measure("pack", lambda: Bank(stored, channels, device()), args, "ms"),
+            measure("views of an epoch", views, args, "ms"),
         ]
 
 

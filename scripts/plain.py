@@ -31,7 +31,7 @@ def plain_soft_labels(base, classes, weights, channels):
 
 def plain_bce(logits, soft, base, pos_weight=1.0):
     """L_bce per image [N], summed over channels and non-void pixels; all [N, C, H, W] at full size."""
-    factor = torch.full((logits.shape[1], 1, 1), pos_weight, dtype=logits.dtype)
+    factor = torch.full((logits.shape[1], 1, 1), pos_weight, dtype=logits.dtype, device=logits.device)
     factor[0] = 1
     cost = F.binary_cross_entropy_with_logits(logits, soft, reduction="none", pos_weight=factor)
     return (cost.sum(dim=1) * (base != VOID)).sum(dim=(1, 2))

@@ -12,8 +12,7 @@ the number of threads changes the digits, and by the end of a training the resul
 seed does. OMP_NUM_THREADS, if it is set, is what each call has: with it the same results come again
 with other --jobs, or after an interruption.
 
-The folder of the runs is locked against a second process. Python on Windows has no fcntl, which that
-takes: nothing is locked there, and two processes may train the same step.
+The folder of the runs is locked against a second process, where the system has such locks.
 """
 
 import argparse
@@ -32,22 +31,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
-from typing import TextIO
-
-try:
-    import fcntl
-except ImportError:
-    fcntl = None
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from configs.options import Config, read_train
 from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
 from scripts.results import row, write_results
-from utils.arguments import read_train
-from utils.checkpoint import final_checkpoint
-from utils.config import Config
-from utils.config_file import is_finished
+from trainer.output import is_finished
+from utils.checkpoint import final_checkpoint, lock
 from utils.errors import UserError, exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -226,7 +218,8 @@ class Runner:
     def __init__(self, bases: list[Sequence], others: list[Sequence], places: list, folder: Path):
         self.bases, self.others, self.places = bases, others, places
         self.launcher = _split(os.environ.get("LAUNCHER", "")) or [sys.executable]
-        self.lock, self.logs = lock(folder), folder / "calls"
+        busy = f"experiments are running in {folder} already: wait for them, end them, or give another "
+        self.lock, self.logs = lock(folder, f"{busy}--save_dir"), folder / "calls"
         self.logs.mkdir(exist_ok=True)
         self.calls: list[Call] = []
         self.failed: set[Sequence] = set()
@@ -307,7 +300,7 @@ class Runner:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    pass_fds=[self.lock.fileno()] if fcntl else [],  # a call may outlive this process
+                    pass_fds=[] if self.lock is None else [self.lock],  # a call may outlive this
                 )
         except OSError as error:
             raise UserError(f"cannot start {command[0]}: {error}") from None
@@ -377,27 +370,8 @@ class Runner:
                 end(call.process.pid, signal.SIGTERM)
         for call in self.calls:
             call.process.wait()
-        self.lock.close()
-
-
-def lock(folder: Path) -> TextIO:
-    """Make the folder and lock it, unless there is no fcntl; UserError while another has the lock.
-
-    Returns the file that is locked, to be kept open.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "a")  # noqa: SIM115
-        if fcntl:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(
-            f"experiments are running in {folder} already: wait for them, end them, or give another "
-            "--save_dir"
-        ) from None
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror}") from None
-    return file
+        if self.lock is not None:
+            os.close(self.lock)
 
 
 def collect(sequences: list[Sequence]) -> list[dict]:

@@ -32,4 +32,5 @@ def test_scripts_and_configurations_that_it_names_exist(document):
             r"\b(?:scripts|configs|docs)/[\w/.-]+\.(?:py|sh|json|slurm|md)\b", document.read_text()
         )
     )
-    assert not [name for name in sorted(named) if not (PROJECT / name).is_file()]
+    placeholders = {name for name in named if "NAME" in name}
+    assert not [name for name in sorted(named - placeholders) if not (PROJECT / name).is_file()]

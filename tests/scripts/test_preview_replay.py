@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.options import TrainCall
 from scripts import preview_replay
 from scripts.preview_replay import TITLES, preview
 from tests.helpers import small_config, snapshot
 from trainer.run import train
-from utils.arguments import Run
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -21,7 +21,7 @@ def options(output, images=4, epoch=1):
 
 
 def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, capsys):
-    train(small_config(voc_root, tmp_path, epochs=1), Run(ignored=[]))
+    train(small_config(voc_root, tmp_path, epochs=1), TrainCall())
     before = snapshot(tmp_path / "models")
     drawn, sheet = [], preview_replay.sheet
 
@@ -32,7 +32,7 @@ def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, cap
     monkeypatch.setattr(preview_replay, "sheet", keep)
     config = small_config(voc_root, tmp_path, task_step=1, mem_size=10)
     output = tmp_path.parent / f"{tmp_path.name}.png"
-    preview(config, Run(ignored=[]), options(output))
+    preview(config, TrainCall(), options(output))
     assert snapshot(tmp_path / "models") == before
     assert f"4 composites of step 1: {output}" in capsys.readouterr().out
     assert Image.open(output).format == "PNG"
@@ -60,5 +60,5 @@ def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, cap
 def test_what_it_refuses(voc_root, tmp_path, step, wrong, line):
     asked = options(tmp_path / wrong.pop("output", "sheet.png"), **wrong)
     with pytest.raises(UserError, match=line):
-        preview(small_config(voc_root, tmp_path, task_step=step), Run(ignored=[]), asked)
+        preview(small_config(voc_root, tmp_path, task_step=step), TrainCall(), asked)
     assert list(tmp_path.iterdir()) == []

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from configs.options import Config
 from data_loader.tasks import CLASS_NAMES, get_task
 from scripts.report import class_iou_figure, forgetting_figure, main, mean_iou_figure
 from scripts.results import COLUMNS, read_comparisons
 from tests.helpers import PROJECT, error_line, run_script
-from utils.config import Config
 
 
 def make_row(method, seed, step, iou=(60,), task="10-5", setting="overlap", **cells) -> dict:
