@@ -43,11 +43,14 @@ def train(config: Config, call: TrainCall) -> None:
     held = None
     if rank() == 0:
         held = lock(folder, f"another process is training {folder}: wait for it, or end it")
-        output.begin(config, resume is not None, call.overwrite)
-    barrier()
-    trainer.fit()
-    if held is not None:
-        os.close(held)
+    try:
+        if rank() == 0:
+            output.begin(config, resume is not None, call.overwrite)
+        barrier()
+        trainer.fit()
+    finally:
+        if held is not None:
+            os.close(held)
 
 
 def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
