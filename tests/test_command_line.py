@@ -17,7 +17,7 @@ from PIL import Image
 
 from configs.options import Config, EvalCall, TrainCall
 from tests.helpers import PROJECT, error_line, run_script, snapshot, train_flags
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import lock, read_checkpoint
 from utils.config import options
 
 STEP = "overlap_5-3_EIR/step_0"
@@ -42,7 +42,9 @@ def own_step(trained, tmp_path):
 class TestTrainAndEvaluate:
     def test_outputs_of_a_step(self, trained):
         names = {path.name for path in trained.iterdir()}
-        assert names == {CHECKPOINT, "config.json", "last.pth", "metrics.json"}
+        assert names - {".lock"} == {
+            CHECKPOINT, "config.json", "last.pth", "made_from.json", "metrics.json"
+        }  # fmt: skip
         log = trained.parents[2] / "log" / STEP
         assert (log / "log.txt").is_file() and (log / "metrics.jsonl").is_file()
         metrics = json.loads((trained / "metrics.json").read_text())
@@ -101,7 +103,11 @@ class TestTrainAndEvaluate:
 
     @pytest.mark.parametrize(
         ("changes", "key"),
-        [({"lr": 0.02}, "optimizer.args.lr"), ({"seed": 2}, "seed"), ({"epochs": 3}, "trainer.epochs")],
+        [
+            ({"lr": 0.02}, "optimizer.args.lr"),
+            ({"epochs": 3}, "trainer.epochs"),
+            ({"bs": 2}, "a batch of 4 images, not 2, over all processes"),
+        ],
     )
     def test_a_finished_step_with_other_settings_is_refused(
         self, trained, voc_root, command, changes, key
@@ -186,8 +192,8 @@ class TestInterruptedStep:
     def test_a_step_killed_before_its_evaluation_is_finished_on_resuming(
         self, trained, own_step, voc_root, tmp_path, command
     ):
-        for name in ("metrics.json", CHECKPOINT):
-            (own_step / name).unlink()
+        (own_step / "metrics.json").write_text('{"Pixel_Accuracy": {')  # torn: the step is unfinished
+        (own_step / CHECKPOINT).unlink()
         flags = train_flags(voc_root, tmp_path, epochs=1)
         line = error_line(command("train_voc.py", *flags))
         assert "unfinished" in line and "--resume auto" in line and "--overwrite" in line
@@ -203,6 +209,16 @@ class TestInterruptedStep:
         line = error_line(command("train_voc.py", *flags, "--resume", "auto"))
         assert "optimizer.args.lr" in line and "trainer.epochs" in line
         assert snapshot(own_step) == before
+
+    def test_a_step_that_another_process_trains_is_left_alone(
+        self, own_step, voc_root, tmp_path, command
+    ):
+        held = lock(own_step, "busy")
+        before = snapshot(own_step)
+        line = error_line(command("train_voc.py", *train_flags(voc_root, tmp_path), "--overwrite"))
+        assert "another process is training" in line
+        assert snapshot(own_step) == before
+        os.close(held)
 
     @pytest.mark.parametrize("gone", [("metrics.json",), ("metrics.json", "last.pth")], ids=str)
     def test_resuming_from_elsewhere_replaces_no_checkpoint(

@@ -14,7 +14,7 @@ from tests.trainer.steps import assert_same, assert_same_step, raw_batch, run, s
 from trainer import base, base_step, output
 from trainer.base_step import BaseStep
 from trainer.setup import precision
-from utils.checkpoint import final_checkpoint, read_checkpoint
+from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -227,13 +227,40 @@ class TestCheckpoints:
         assert final_checkpoint(folder) == folder / "checkpoint-epoch4.pth"
         assert (folder / "metrics.json").is_file()
 
-    def test_a_checkpoint_beyond_the_last_epoch_cannot_be_resumed_from(self, voc_root, tmp_path):
-        config = small_config(voc_root, tmp_path, epochs=2)
+    def test_a_training_state_that_does_not_fit_is_refused(self, voc_root, tmp_path):
+        config = small_config(voc_root, tmp_path / "saved", epochs=1)
         run(config)
-        (config.step_dir() / "config.json").unlink()  # of a run with more epochs
-        elsewhere = small_config(voc_root, tmp_path, name="other", epochs=1)
-        with pytest.raises(UserError, match=r"cannot be resumed from: .*at epoch 2 already"):
-            run(elsewhere, resume=str(config.step_dir() / "last.pth"))
+        last = config.step_dir() / "last.pth"
+        other = small_config(voc_root, tmp_path / "other", epochs=1)
+
+        def refusal(change):
+            content = read_checkpoint(last)
+            change(content)
+            save_checkpoint(tmp_path / "changed.pth", content)
+            with pytest.raises(UserError) as refused:
+                run(other, resume=str(tmp_path / "changed.pth"))
+            assert not list(other.step_dir().glob("*.pth"))
+            return str(refused.value).partition("cannot be resumed from: ")[2]
+
+        def momentum(content):
+            content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)
+
+        cases = {
+            "it is at epoch 2 already": lambda c: c.update(epoch=2),
+            "its epoch is 'x'": lambda c: c.update(epoch="x"),
+            "its schedule has 5 iterations, this run's ": lambda c: c["lr_scheduler"].update(
+                total_iters=5
+            ),
+            "a momentum has another shape": momentum,
+            "'optimizer'": lambda c: c.pop("optimizer"),
+            "an update took 8 images over all processes": lambda c: c["made_from"].update(batch=8),
+            "statistics over 2 images, now over 4": lambda c: c["made_from"].update(bn_batch=2),
+            "it ran in 2 processes, now in 1": lambda c: c["made_from"].update(processes=2),
+            "the model of the step before has changed": lambda c: c["made_from"].update(previous="x"),
+            "its memory has changed": lambda c: c["made_from"].update(memory="x"),
+        }
+        for words, change in cases.items():
+            assert words in refusal(change), words
 
 
 NO_VALIDATION = {"trainer__monitor": "max Pixel_Accuracy"}

@@ -29,7 +29,7 @@ from tests.trainer.steps import assert_same_step, raw_batch, run, silent_meter, 
 from trainer import output
 from trainer.base_step import BaseStep
 from trainer.incremental import IncrementalStep
-from utils.checkpoint import final_checkpoint, read_checkpoint
+from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint
 from utils.errors import UserError
 from utils.logging import log
 
@@ -103,7 +103,7 @@ def one_iteration(trainer):
     return meter.means()
 
 
-def test_three_steps_one_class_each(voc_root, step_0):
+def test_three_steps_one_class_each(voc_root, step_0, tmp_path):
     for step in (1, 2):
         config = settings(voc_root, step_0.parents[3], step)
         run(config)
@@ -122,6 +122,18 @@ def test_three_steps_one_class_each(voc_root, step_0):
         memory = read_manifest(folder / "memory")
         assert memory["classes"] == list(ORDER[: 14 + step])
         assert len(memory["entries"]) == 9
+
+    # step 0 is trained anew: what was made from its former model is stale
+    runs = Path(shutil.copytree(step_0.parents[3], tmp_path / "copy"))
+    before = settings(voc_root, runs, 0).step_dir() / step_0.name
+    content = read_checkpoint(before)
+    content["state_dict"]["cls.1.bias"] += 1
+    save_checkpoint(before, content)
+    (settings(voc_root, runs, 2).step_dir() / "metrics.json").unlink()
+    for step, request in ((1, {}), (2, {"overwrite": True})):
+        words = f"step_1 was trained from another model of step 0 than {before} is now"
+        with pytest.raises(UserError, match=words):
+            run(settings(voc_root, runs, step), **request)
 
 
 def test_a_few_images_are_learned_in_a_shuffled_order(tmp_path):

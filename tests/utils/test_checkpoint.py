@@ -8,8 +8,10 @@ import torch
 from torch import nn
 
 from utils.checkpoint import (
+    content_digest,
     final_checkpoint,
     load_weights,
+    lock,
     read_checkpoint,
     save_checkpoint,
     write_atomically,
@@ -26,13 +28,15 @@ class Opens:
 
 
 def test_what_is_saved_is_read_back(tmp_path):
-    """But for the prefix that parallel wrappers add."""
+    """But for the prefixes that wrappers of modules add; a bare state_dict is a checkpoint too."""
     content = {"state_dict": {"module.a": torch.randn(3)}, "epoch": 4, "best": None, "names": ["x"]}
     save_checkpoint(tmp_path / "new" / "c.pth", content)
     found = read_checkpoint(tmp_path / "new" / "c.pth")
     assert torch.equal(found.pop("state_dict")["a"], content.pop("state_dict")["module.a"])
     assert found == content
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["c.pth"]
+    torch.save({"_orig_mod.module.a": torch.ones(2)}, tmp_path / "bare.pth")
+    assert torch.equal(read_checkpoint(tmp_path / "bare.pth")["state_dict"]["a"], torch.ones(2))
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -53,7 +57,8 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     def fail(file):
         raise OSError(28, "No space left on device")
 
-    with pytest.raises(UserError, match=r"cannot write .*c\.pth: No space left on device"):
+    words = r"cannot write .*c\.pth: No space left on device; \d+ MiB are free there.*--resume auto"
+    with pytest.raises(UserError, match=words):
         write_atomically(tmp_path / "c.pth", fail)
     assert not list(tmp_path.iterdir())
 
@@ -76,7 +81,7 @@ def test_nothing_in_a_pickle_is_executed(tmp_path, write):
         torch.save(content, path)
     else:
         path.write_bytes(pickle.dumps(content, protocol=int(write[-1])))
-    with pytest.raises(UserError, match="damaged, or no checkpoint that can be read safely"):
+    with pytest.raises(UserError, match=r"damaged, or no checkpoint that can|objects besides data"):
         read_checkpoint(path)
     assert not trap.exists()
     carelessly = torch.load(path, weights_only=False) if write == "zipped" else None
@@ -111,6 +116,34 @@ def test_torn_files_are_refused(tmp_path, keep):
         read_checkpoint(tmp_path / "nowhere.pth")
 
 
+def test_a_wrong_byte_is_found_by_its_checksum(tmp_path):
+    path = tmp_path / "c.pth"
+    save_checkpoint(path, {"state_dict": {"a": torch.full((1000,), 3.0)}})
+    before, content = content_digest(path), bytearray(path.read_bytes())
+    content[content.index(torch.tensor([3.0, 3.0]).numpy().tobytes()) + 2] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"is damaged: the checksum of .* in it is wrong"):
+        read_checkpoint(path)
+    save_checkpoint(path, {"state_dict": {"a": torch.full((1000,), 4.0)}})
+    assert content_digest(path) != before
+    save_checkpoint(tmp_path / "copy.pth", {"state_dict": {"a": torch.full((1000,), 3.0)}})
+    assert content_digest(tmp_path / "copy.pth") == before
+    (tmp_path / "c.txt").write_text("no archive")
+    with pytest.raises(UserError, match=r"cannot read .*c\.txt"):
+        content_digest(tmp_path / "c.txt")
+
+
+def test_a_lock_is_held_until_it_is_closed(tmp_path):
+    held = lock(tmp_path / "step", "busy")
+    with pytest.raises(UserError, match=r"^busy$"):
+        lock(tmp_path / "step", "busy")
+    os.close(held)
+    os.close(lock(tmp_path / "step", "busy"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write"):
+        lock(tmp_path / "file", "busy")
+
+
 class TestLoading:
     def test_values_arrive(self):
         source, target = nn.Linear(2, 3), nn.Linear(2, 3)
@@ -133,6 +166,11 @@ class TestLoading:
         with pytest.raises(UserError, match=f"c.pth is of another architecture: {words}"):
             load_weights(model, other.state_dict(), "c.pth")
         assert torch.equal(model.weight, before)
+
+    def test_weights_that_are_not_finite_are_refused(self):
+        state = {**nn.Linear(2, 3).state_dict(), "bias": torch.tensor([1.0, float("nan"), 1.0])}
+        with pytest.raises(UserError, match=r"c\.pth holds weights that are not finite: bias"):
+            load_weights(nn.Linear(2, 3), state, "c.pth")
 
 
 def test_the_final_checkpoint_is_that_of_the_highest_epoch(tmp_path):
