@@ -8,7 +8,7 @@ import torch
 
 from configs.options import Config
 from tests.helpers import run_script, train_flags
-from utils.distributed import _join, free_port
+from utils.distributed import _join, free_port, launch
 from utils.errors import UserError
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}  # a group of one process
@@ -97,6 +97,20 @@ def test_a_process_without_a_gpu_of_its_own_is_an_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(UserError, match="process 1 of this machine has no GPU of its own: 1 can"):
         _join(Config(), 1)
+
+
+def test_processes_that_cannot_find_each_other_are_an_error(cpu):
+    with pytest.raises(UserError, match=r"cannot find each other at tcp://127.0.0.1:x: "):
+        _join(Config(), 0, "tcp://127.0.0.1:x", 0, 2)
+
+
+def test_several_nodes_need_the_place_of_the_first(cpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    config = Config(multiprocessing_distributed=True, world_size=2)
+    with pytest.raises(SystemExit) as ended:
+        launch(print, config)
+    assert ended.value.code == 2
+    assert "error: several nodes need --dist_url tcp://HOST:PORT" in capsys.readouterr().err
 
 
 def test_training_under_torchrun_reports_what_one_process_evaluates(voc_root, tmp_path):

@@ -167,6 +167,11 @@ class TestLoading:
             load_weights(model, other.state_dict(), "c.pth")
         assert torch.equal(model.weight, before)
 
+    def test_keys_too_many_are_refused(self):
+        state = {**nn.Linear(2, 3).state_dict(), "extra": torch.ones(1)}
+        with pytest.raises(UserError, match="the model has no extra"):
+            load_weights(nn.Linear(2, 3), state, "c.pth")
+
     def test_weights_that_are_not_finite_are_refused(self):
         state = {**nn.Linear(2, 3).state_dict(), "bias": torch.tensor([1.0, float("nan"), 1.0])}
         with pytest.raises(UserError, match=r"c\.pth holds weights that are not finite: bias"):
