@@ -24,13 +24,13 @@ ACCEPTED = {
     "proto_channels": None,
     "proto_layer": None,
     "margin": None,
+    "n_gpu": None,  # the visible GPUs decide
     "hyperparameter.dkd_pos": None,
     "hyperparameter.dkd_neg": None,
     "hyperparameter.fc": None,
     "hyperparameter.fs": None,
     "hyperparameter.loss_lovasz": (0,),
     "data_loader.args.val.cross_val": (False,),
-    "n_gpu": tuple(range(1024)),  # the visible GPUs decide
     "arch.type": ("DeepLabV3",),
     "arch.args.output_stride": (16,),
     "data_loader.type": ("VOCIncrementalDataLoader",),
@@ -325,7 +325,7 @@ class Config:
     )
     dist_url: str | None = option(
         None,
-        "tcp://host:port of the first process; none: a free port",
+        "tcp://host:port of the first process; without a value, or not given: a free port",
         "--dist_url",
         bare=True,
         incidental=True,
@@ -467,7 +467,7 @@ def read_eval(arguments: list[str]) -> tuple[Config, EvalCall]:
 
 
 def _given(flag, arguments):
-    """The value of a flag of Call, needed before the parser that shows the file's defaults exists."""
+    """The value of -c or -r, needed before the parser that shows the file's defaults exists."""
     parser = Parser("", "")
     add_flags(parser, EvalCall())
     words = [word for word in arguments if word not in ("-h", "--help")]

@@ -29,8 +29,7 @@ from utils.visualize import VOID, label_image
 FILL = (124, 116, 104)  # ImageNet's mean colour: zero after normalisation
 MANIFEST = "manifest.json"
 PARTS = ("image", "label")
-# The instances of the oldest classes are in no training image of a later step any more: only a memory
-# has them. So nobody is told to remove one, but how to draw it again from what there was before it.
+# Nobody is told to delete a memory: the instances of the oldest classes exist nowhere else.
 DRAW_ANEW = (
     "restore it from a copy, or train that step anew with --overwrite, which draws its memory again "
     "from the step before it, the same one by the same seed"
@@ -267,7 +266,7 @@ def _report(lists, budget):
         log.warning(f"only {total} of {budget} entries: the candidates ran out ({text})")
     empty = [name for name, count in counts.items() if not count]
     if empty and budget >= len(counts):
-        log.warning(f"no entry at all for {', '.join(empty)}: no candidate shows one in one piece")
+        log.warning(f"no entry at all for {', '.join(empty)}: no candidate was left that shows one")
 
 
 def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:

@@ -61,8 +61,8 @@ class Bank:
     def draw_views(self, augment: str, crop_size: int, count: int) -> torch.Tensor:
         """Views of each entry, float32 [M, V, 6], drawn from torch's generator (METHOD 5, 3).
 
-        A view is (top, left, height, width) of a box in the region, and the (height, width) at which
-        the training transform would show it; zeros where nothing of the class is left. augment:
+        A view is (top, left, height, width) of a box in the region, and the (height, width) that it has
+        before it is scaled to a cell; zeros where nothing of the class is left. augment:
         crop: the box around what a window of RandomResizedCrop leaves of the class, at the size that
             the window, resized to the square crop, gives it; V = count.
         stretch: the whole region, its aspect ratio changed by a log-uniform factor in [3/4, 4/3].
@@ -86,7 +86,11 @@ class Bank:
 
 
 def _cropped(mask, place, window, crop_size):
-    """The view of a region (mask bool [h, w], place as in Bank) through a window on its canvas."""
+    """The view of a region (mask bool [h, w], place as in Bank) through a window on its canvas.
+
+    above, before: by how much the window starts below and right of the region's corner; negative where
+    it starts above or left of it.
+    """
     height, width, side = window["height"], window["width"], crop_size
     above, before = window["top"] - place[0], window["left"] - place[1]
     rows = slice(max(above, 0), max(above + height, 0))
@@ -105,7 +109,7 @@ def _cropped(mask, place, window, crop_size):
 
 
 def _pixels_before(edge, scale):
-    """Pixel centres of the resized window before an edge of the window's pixels."""
+    """How many pixel centres of the resized window lie before an edge, in pixels of the window."""
     return int(np.ceil(edge * scale - 0.5))
 
 
@@ -144,10 +148,12 @@ class Composite:
 class PasteAugmentation:
     """Pastes stored instances into a batch: class combination, selection, position, fusion."""
 
-    def __init__(self, settings: PasteArgs, crop_size: int, bank: Bank, seed: int, views: int = VIEWS):
-        """views: how many of each entry are drawn for an epoch."""
+    def __init__(
+        self, settings: PasteArgs, crop_size: int, bank: Bank, seed: int, view_count: int = VIEWS
+    ):
+        """view_count: how many views of each entry are drawn for an epoch."""
         self.settings, self.crop_size, self.bank, self.seed = settings, crop_size, bank, seed
-        self.number_of_views = views
+        self.view_count = view_count
         # a cell has its size at a crop of 512, and is scaled with the crop
         self.cell = max(1, settings.cell * crop_size // 512)
         self.grid = crop_size // self.cell
@@ -175,12 +181,10 @@ class PasteAugmentation:
     def views(self, epoch: int) -> torch.Tensor:
         """The views that the pastes of an epoch pick from, on the device: the same in all processes."""
         if epoch != self.epoch:
-            seed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
+            seed = np.random.SeedSequence((self.seed, epoch, 2)).generate_state(1)[0]
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(int(seed))
-                drawn = self.bank.draw_views(
-                    self.settings.augment, self.crop_size, self.number_of_views
-                )
+                drawn = self.bank.draw_views(self.settings.augment, self.crop_size, self.view_count)
             self.epoch, self.drawn = epoch, self.to_device(drawn)
         return self.drawn
 
@@ -197,7 +201,7 @@ class PasteAugmentation:
         for row, index in zip(numbers, indices, strict=True):
             generator = np.random.default_rng((self.seed, epoch, index, 1))  # 1: not the transform's
             generator.random(dtype=np.float32, out=row)
-            row[-k:] = generator.beta(beta, beta, k)
+            row[-k:] = generator.beta(beta, beta, k)  # the last k are the shares
         parts = self.to_device(torch.from_numpy(numbers)).split([*lengths.values()], dim=1)
         return dict(zip(lengths, parts, strict=True))
 
@@ -216,8 +220,7 @@ class PasteAugmentation:
 
         # a random entry of each class's list, and one of the entry's views
         entry = bank.entries[classes, _pick(numbers["entry"], bank.count[classes])]
-        number_of_views = torch.full_like(entry, views.shape[1])
-        view = views[entry, _pick(numbers["view"], number_of_views)]
+        view = views[entry, _pick(numbers["view"], torch.full_like(entry, views.shape[1]))]
         mirror = numbers["mirror"] < 0.5
         if settings.augment == "off":
             mirror = torch.zeros_like(mirror)
@@ -262,8 +265,7 @@ class PasteAugmentation:
         # The n-th paste is of the n-th class in that order. Where fewer classes are stored than are
         # wanted, the order starts again.
         nth, kinds = torch.arange(k, device=keys.device), stored.sum(dim=1, keepdim=True)
-        classes = order.gather(1, nth % kinds.clamp(min=1))
-        return classes, (nth < wanted) & (kinds > 0), (nth >= found) & combine
+        return order.gather(1, nth % kinds), nth < wanted, (nth >= found) & combine
 
     def position(self, labels, keys, fill_in) -> torch.Tensor:
         """Cell of each paste, int64 [N, K], row-major (METHOD 5, 4).
@@ -335,7 +337,7 @@ class PasteAugmentation:
             return (start + (top + y) * stride)[:, :, None] + (left + x)[:, None, :]
 
         def pixels(y, x):
-            return F.embedding(at(y, x), bank.pixels)
+            return F.embedding(at(y, x), bank.pixels)  # bank.pixels[at(y, x)], but faster
 
         along = fx[:, None, :, None].expand(-1, -1, -1, 3).contiguous()  # read in one go with colour
         upper = torch.lerp(pixels(y0, x0), pixels(y0, x1), along)
@@ -346,8 +348,8 @@ class PasteAugmentation:
 
 
 def _pick(number, count):
-    """Index below count, int64, from uniform numbers in [0, 1); 0 where there is nothing to pick."""
-    return (number * count).long().minimum(count - 1).clamp(min=0)
+    """Index below count, int64, from uniform numbers in [0, 1)."""
+    return (number * count).long().minimum(count - 1)
 
 
 def _neighbours(target, size, scaled_size):

@@ -34,16 +34,20 @@ def bce_sum(
     """
     valid = labels != VOID
     labels = torch.where(valid, labels, 0).long()[None]
-    named = _gain(logits.gather(0, labels)[0], torch.where(labels[0] > 0, pos_weight, 1.0), pos_weight)
+    of_label = logits.gather(0, labels)[0]
+    if pos_weight == 1:
+        gain = -of_label
+    else:
+        gain = _gain(of_label, torch.where(labels[0] > 0, pos_weight, 1.0))
     if classes is not None:
-        gains = _gain(logits[classes], pos_weight, pos_weight)
-        named = named * (1 - weights.sum(dim=0)) + (weights * gains).sum(dim=0)
-    return ((F.softplus(logits).sum(dim=0) + named) * valid).sum()
+        of_pastes = -logits[classes] if pos_weight == 1 else _gain(logits[classes], pos_weight)
+        gain = gain * (1 - weights.sum(dim=0)) + (weights * of_pastes).sum(dim=0)
+    return ((F.softplus(logits).sum(dim=0) + gain) * valid).sum()
 
 
-def _gain(z, p, pos_weight):
-    """What a positive target changes in the cost of a channel; p = 1 for all needs no softplus."""
-    return -z if pos_weight == 1 else (p - 1) * F.softplus(z) - p * z
+def _gain(z, p):
+    """What a positive target changes in the cost of a channel of logit z; -z where p is 1."""
+    return (p - 1) * F.softplus(z) - p * z
 
 
 def auxiliary_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -84,7 +88,7 @@ def distillation_sum(
     background, known, new = logits.split([1, old - 1, len(logits) - old])
     background, new = background[0], new.logsumexp(dim=0)
     both = torch.logaddexp(background, new)
-    normalizer = torch.logaddexp(known.logsumexp(dim=0), both)
+    log_partition = torch.logaddexp(known.logsumexp(dim=0), both)
     if mode == "unbiased":
         background = both
     elif mode == "rskd":
@@ -94,7 +98,7 @@ def distillation_sum(
     p = teacher.softmax(dim=0)
     expected = p[0] * background + (p[1:] * known).sum(dim=0)
     counted = is_new if (mode, region) == ("rskd", "new") else valid
-    return ((normalizer - expected) * counted).sum() / old
+    return ((log_partition - expected) * counted).sum() / old
 
 
 class _ImageByImage(torch.autograd.Function):

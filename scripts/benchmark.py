@@ -1,7 +1,6 @@
 """Measure where the time goes: warm-up, repeats, median and spread, memory taken.
 
-A part is a function from the flags to rows; it stands in PARTS, its sizes in FLAGS. What is asked of
-the inside of the trainer stands in one section, "A step that is ready to train".
+A part is a function from the flags to rows; it stands in PARTS, its sizes in FLAGS.
 """
 
 import copy
@@ -41,7 +40,7 @@ from data_loader.paste import Bank
 from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
 from data_loader.voc import VOC2012, read_image, read_label
-from models.deeplabv3 import DeepLabV3, freeze_bn, stop_dropout, upsample_logits
+from models.deeplabv3 import DeepLabV3, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
 from scripts.make_synthetic_voc import make_synthetic_voc
 from scripts.plain import Pasted, plain_bce, plain_distillation, plain_paste, plain_soft_labels
@@ -87,7 +86,7 @@ def call_times(work: Work, repeats: int, before: Work | None = None) -> list[flo
 
 
 def warm_up(work: Work, calls: int, before: Work | None = None) -> float:
-    """Call work() before it is timed, at least once; returns the memory that this took, MiB.
+    """Call work() before it is timed; returns the memory that this took, MiB.
 
     The peak is taken here because the first call finds nothing allocated for it yet.
     """
@@ -100,7 +99,7 @@ def warm_up(work: Work, calls: int, before: Work | None = None) -> float:
             ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back to the system
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is in use
         in_use = peak_memory()
-    call_times(work, max(1, calls), before)
+    call_times(work, calls, before)
     return peak_memory() - in_use
 
 
@@ -244,7 +243,7 @@ def loss(args: Namespace) -> list[Row]:
     return [fast, slow, ratio("sparse labels / plain one-hot", fast, slow)]
 
 
-# A step that is ready to train: all that is asked of the trainer's inside.
+# A step that is ready to train, and the parts of its iteration.
 
 
 @contextmanager
@@ -273,10 +272,7 @@ def prepared_step(args: Namespace, number: int = 1) -> Iterator[tuple[Trainer, d
         else:
             trainer = BaseStep(config, data)
         trainer.prepare()
-        trainer.model.train()
-        if number:
-            freeze_bn(trainer.model)
-            stop_dropout(trainer.model)
+        trainer.train_mode()
         yield trainer, next(iter(make_loader(trainer.dataset, trainer.batches, 0, False)))
 
 
@@ -540,7 +536,7 @@ FLAGS = {
     "mem_size": (100, 1, "stored instances, at most"),
     "channels": (9, 5, "channels of the part loss, three of them new"),
     "num_workers": (2, 0, "loader processes where a whole loader is measured"),
-    "warmup": (1, 0, "calls before measuring, at least one"),
+    "warmup": (1, 1, "calls before measuring"),
     "repeats": (5, 1, "calls measured"),
 }
 
@@ -576,7 +572,7 @@ def parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling")
     parser.add_argument("--data_root", help="a VOC 2012 folder (else images are drawn)")
     parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")
-    parser.add_argument("--task", default="15-5", help="task of the part step (%(default)s)")
+    parser.add_argument("--task", default="15-5", help="task of memory, paste and step (%(default)s)")
     parser.add_argument("--figure", metavar="PNG", help="where the part scaling draws its figure")
     parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
     parser.add_argument(

@@ -164,7 +164,7 @@ def _paste_into(
         return result
 
     chosen = choose_classes(settings, memory, channels, given, labels, numbers["classes"])
-    cell = int(settings.cell * crop / 512)
+    cell = max(1, int(settings.cell * crop / 512))
     ranked = rank_cells(settings, crop // cell, cell, labels, numbers["cells"])
     for k, (c, added) in enumerate(chosen):
         entries = [i for i, drawn_for in enumerate(memory.drawn_for) if drawn_for == c]

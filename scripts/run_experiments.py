@@ -39,7 +39,7 @@ from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
 from scripts.results import row, write_results
 from trainer.output import is_finished
-from utils.checkpoint import final_checkpoint, lock
+from utils.checkpoint import final_checkpoint, locked
 from utils.errors import UserError, exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,14 +212,21 @@ class Runner:
     """Trains sequences, those of step 0 first, and shows where they are.
 
     places: of the calls that run at a time; each is the GPU to see, or None for a share of the cores.
-    folder: of the runs; it is locked as long as this, or a call that this started, lives.
+    folder: of the runs. lock: on it, a file descriptor that the calls inherit, so that the folder stays
+    locked as long as one of them lives.
     """
 
-    def __init__(self, bases: list[Sequence], others: list[Sequence], places: list, folder: Path):
+    def __init__(
+        self,
+        bases: list[Sequence],
+        others: list[Sequence],
+        places: list,
+        folder: Path,
+        lock: int | None,
+    ):
         self.bases, self.others, self.places = bases, others, places
         self.launcher = _split(os.environ.get("LAUNCHER", "")) or [sys.executable]
-        busy = f"experiments are running in {folder} already: wait for them, end them, or give another "
-        self.lock, self.logs = lock(folder, f"{busy}--save_dir"), folder / "calls"
+        self.lock, self.logs = lock, folder / "calls"
         self.logs.mkdir(exist_ok=True)
         self.calls: list[Call] = []
         self.failed: set[Sequence] = set()
@@ -370,8 +377,6 @@ class Runner:
                 end(call.process.pid, signal.SIGTERM)
         for call in self.calls:
             call.process.wait()
-        if self.lock is not None:
-            os.close(self.lock)
 
 
 def collect(sequences: list[Sequence]) -> list[dict]:
@@ -431,8 +436,10 @@ def _main(arguments):
     folder = Path(save_dir).expanduser()
     results = (arguments.output or folder / path.stem) / "results.csv"
     needed = [base for base in bases if any(s.base is base for s in todo)]
-    runner = Runner(needed, todo, places, folder)
-    failures = runner.run(lambda: write_results(results, collect(others)))
+    busy = f"experiments are running in {folder} already: wait for them, end them, or give another "
+    with locked(folder, f"{busy}--save_dir") as lock:
+        runner = Runner(needed, todo, places, folder, lock)
+        failures = runner.run(lambda: write_results(results, collect(others)))
     print(f"results     {results}")
     return failures
 

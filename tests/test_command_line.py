@@ -17,7 +17,7 @@ from PIL import Image
 
 from configs.options import Config, EvalCall, TrainCall
 from tests.helpers import PROJECT, error_line, run_script, snapshot, train_flags
-from utils.checkpoint import lock, read_checkpoint
+from utils.checkpoint import locked, read_checkpoint
 from utils.config import options
 
 STEP = "overlap_5-3_EIR/step_0"
@@ -213,12 +213,11 @@ class TestInterruptedStep:
     def test_a_step_that_another_process_trains_is_left_alone(
         self, own_step, voc_root, tmp_path, command
     ):
-        held = lock(own_step, "busy")
-        before = snapshot(own_step)
-        line = error_line(command("train_voc.py", *train_flags(voc_root, tmp_path), "--overwrite"))
-        assert "another process is training" in line
-        assert snapshot(own_step) == before
-        os.close(held)
+        with locked(own_step, "busy"):
+            before = snapshot(own_step)
+            line = error_line(command("train_voc.py", *train_flags(voc_root, tmp_path), "--overwrite"))
+            assert "another process is training" in line
+            assert snapshot(own_step) == before
 
     @pytest.mark.parametrize("gone", [("metrics.json",), ("metrics.json", "last.pth")], ids=str)
     def test_resuming_from_elsewhere_replaces_no_checkpoint(

@@ -1,7 +1,7 @@
 """The loop: epochs and iterations, the same for every kind of step.
 
 A kind of step is a subclass that says how it starts (`initialize`), what is optimised
-(`parameter_groups`) and what is minimised (`training_loss`); trainer/run.py names them all.
+(`parameter_groups`) and what is minimised (`training_loss`); `STEPS` in trainer/run.py names them.
 """
 
 import contextlib
@@ -21,6 +21,7 @@ from trainer.meter import Meter
 from trainer.setup import (
     check_batch_size,
     make_optimizer,
+    micro_batches,
     parallel,
     precision,
     prepare_bn,
@@ -38,9 +39,9 @@ class Batch:
     """A (micro-)batch on the device.
 
     images float [N, 3, H, W], normalised; labels uint8 [N, H, W], channels and 255; replayed bool [N],
-    the images of the memory; epoch and indices [N], on the host, name the samples; valid: the pixels of
-    the whole batch that are not void, over all its micro-batches and processes: losses are divided by
-    it.
+    the images of the memory; epoch (from 0) and indices [N], on the host, name the samples; valid: the
+    pixels of the whole batch that are not void, over all its micro-batches and processes: losses are
+    divided by it.
     """
 
     images: torch.Tensor
@@ -54,7 +55,8 @@ class Batch:
 class Trainer:
     """Trains one step of a task and evaluates it.
 
-    Making one reads and checks everything, and writes nothing; `fit` trains.
+    Making one reads and checks, and writes nothing. `prepare` draws the memory, unless it is there.
+    `fit` trains, and writes what trainer/output.py lists.
     """
 
     def __init__(
@@ -113,7 +115,9 @@ class Trainer:
     # The loop.
 
     def prepare(self) -> None:
-        """The training set, its batches, the schedule that follows from them, and what is resumed."""
+        """Make the training set (and draw its memory), its batches, and the schedule, which follows
+        from them; go to where a resumed checkpoint was.
+        """
         config = self.config
         self.dataset = self.training_set()
         self.batches = TrainBatches(
@@ -128,13 +132,13 @@ class Trainer:
         if self.resumed:
             output.restore(self, self.resumed, self.resume)
             self.resumed = None
-        if rank() == 0:
-            write_json(self.folder / "made_from.json", self.made_from)
 
     def fit(self) -> None:
         """Train the remaining epochs, then evaluate on the test images and write metrics.json."""
         settings = self.config.trainer
         self.prepare()
+        if rank() == 0:
+            write_json(self.folder / "made_from.json", self.made_from)
         loader = make_loader(
             self.dataset, self.batches, self.config.data.num_workers, self.config.data.pin_memory
         )
@@ -169,11 +173,7 @@ class Trainer:
         settings = self.config.trainer
         seed_everything(self.config.seed, self.epoch + 1, rank())
         self.batches.epoch = self.epoch
-        self.model.train()
-        if self.config.arch.args.freeze_all_bn:
-            freeze_bn(self.model)
-        if self.data.step:
-            stop_dropout(self.model)
+        self.train_mode()
         title = f"step {self.data.step}, epoch {self.epoch + 1}/{settings.epochs}"
         shown = settings.verbosity == 2
         with Meter(title, len(self.batches), self.device, settings.log_interval, shown) as meter:
@@ -182,15 +182,22 @@ class Trainer:
                 meter.show(self.scheduler.get_last_lr()[0])
         return meter.means()
 
+    def train_mode(self) -> None:
+        """The model in training mode, but for frozen batch normalisation, and dropout at steps >= 1."""
+        self.model.train()
+        if self.config.arch.args.freeze_all_bn:
+            freeze_bn(self.model)
+        if self.data.step:
+            stop_dropout(self.model)
+
     def train_iteration(self, raw: dict, meter: Meter) -> None:
         """One optimiser step on a batch of the loader, in micro-batches."""
-        micro_batches = self.to_device(raw)
+        batches = self.to_device(raw)
         terms = {}
-        for batch in micro_batches:
-            is_last = batch is micro_batches[-1]
+        for batch in batches:
             # several processes exchange their gradients once, with those of the last micro-batch
-            alone = self.net is self.model or is_last
-            with contextlib.nullcontext() if alone else self.net.no_sync():
+            waits = self.net is not self.model and batch is not batches[-1]
+            with self.net.no_sync() if waits else contextlib.nullcontext():
                 loss, sums = self.training_loss(batch)
                 # the loss is this process's share of a sum, but DDP takes the mean over processes
                 self.scaler.scale(loss * world_size()).backward()
@@ -213,7 +220,7 @@ class Trainer:
         valid = all_sum((label != VOID).sum()).clamp(min=1)
         image = normalize(image, label, alone).to(next(self.model.parameters()).dtype)
         # every process makes as many micro-batches, since each of them is a meeting of all processes
-        pieces = min(self.config.trainer.accumulate, *self.batches.sizes())
+        pieces = micro_batches(self.config, self.batches.sizes())
         columns = (t.tensor_split(pieces) for t in (image, label, replayed, raw["index"]))
         epoch = int(raw["epoch"][0])
         return [

@@ -65,23 +65,23 @@ class IncrementalStep(Trainer):
         distils = settings.kd_mode != "none" and settings.kd > 0
         size = batch.labels.shape[-2:]
 
-        # what the teacher sees in the background becomes a label
-        labels, seen = batch.labels, None
+        # what the teacher sees in the background becomes a label (its logits on the image)
+        labels, on_image = batch.labels, None
         if settings.pseudo_labels:
-            seen = self.teach(batch.images)
-            labels = pseudo_labels(batch.labels, seen, settings.pseudo_thresh)
+            on_image = self.teach(batch.images)
+            labels = pseudo_labels(batch.labels, on_image, settings.pseudo_thresh)
 
         # stored instances of the old classes go where there is most background
         composite = self.compose(batch, labels)
         if settings.ignore_thresh is not None:
-            labels = ignore_doubtful(labels, seen, settings.ignore_thresh, composite.weights)
+            labels = ignore_doubtful(labels, on_image, settings.ignore_thresh, composite.weights)
 
-        # student and teacher look at the composite; without a paste that is what was seen already
+        # student and teacher look at the composite; without a paste that is the image
         with self.autocast():
             logits = self.net(composite.images, upsample=False)
-        known = seen
-        if distils and (self.paste or seen is None):
-            known = self.teach(composite.images)
+        on_composite = on_image
+        if distils and (self.paste or on_image is None):
+            on_composite = self.teach(composite.images)
 
         def losses(i, z):
             """The loss terms of image i from its full-size logits z [C, H, W]."""
@@ -91,7 +91,7 @@ class IncrementalStep(Trainer):
                 return {"bce": settings.mbce * bce, "kd": torch.zeros_like(bce)}
             kd = distillation_sum(
                 z,
-                upsample_logits(known[i : i + 1].to(z.dtype), size)[0],
+                upsample_logits(on_composite[i : i + 1].to(z.dtype), size)[0],
                 batch.labels[i],
                 weights.sum(dim=0) > 0,
                 settings.kd_mode,

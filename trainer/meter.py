@@ -1,8 +1,9 @@
 """The meter of an epoch: mean losses, progress, and whether the loss is still finite.
 
-It never makes the device wait. Each iteration leaves its losses on the device; they are read every
+Each iteration leaves its losses on the device. They are read, which waits for the device, every
 `interval` iterations, when progress is shown. A loss that is not finite raises a flag on the device,
-which keeps the optimiser from stepping at once, and ends the run when it is read.
+which keeps the optimiser from stepping at once (as the loss scaler does by itself, where there is one),
+and ends the run when it is read.
 """
 
 import sys
@@ -63,7 +64,7 @@ class Meter:
         return self.failed
 
     def show(self, lr: float) -> None:
-        """Count an iteration; when it is time, read the loss and show it, learning rate and speed.
+        """After an iteration: when it is time, read the loss and show it, learning rate and speed.
 
         Raises UserError if the loss was not finite.
         """
@@ -81,7 +82,7 @@ class Meter:
         """Mean losses over the iterations since the last reading; UserError if one is not finite."""
         names = list(self.recent[0][0])
         rows = torch.stack([torch.stack(list(losses.values())) for losses, _ in self.recent])
-        means = all_sum(rows.double()).mean(dim=0).tolist()
+        means = all_sum(rows.to(torch.float64, copy=True)).mean(dim=0).tolist()
         if self.failed.item():
             self._give_up(rows.tolist())
         self.recent.clear()

@@ -1,7 +1,7 @@
 """What a step leaves in its folder, and what a later call finds there.
 
 config.json          the settings
-made_from.json       digests of what the step was made from, the model before and its memory
+made_from.json       digests of the model before and of the memory, and how large a batch is
 memory/              the memory that the step replays (data_loader/memory.py)
 last.pth             checkpoint of the latest epoch, to resume from
 model_best.pth       checkpoint of the best validation, if a value is monitored
@@ -53,8 +53,8 @@ def is_finished(config: Config, processes: int | None = None) -> bool:
         return False
     changed = differences(load_config(folder / "config.json")[0], config)
     batch = (read_json_object(folder / "made_from.json") or {}).get("batch")
-    asked = config.data.train.batch_size * (processes or 0)
-    if processes and batch is not None and batch != asked:
+    asked = processes and processes * config.data.train.batch_size
+    if asked and batch not in (None, asked):
         changed.append(f"a batch of {batch} images, not {asked}, over all processes")
     if changed:
         raise UserError(

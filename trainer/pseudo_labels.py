@@ -26,11 +26,11 @@ def ignore_doubtful(
 ) -> torch.Tensor:
     """Labels uint8 [N, H, W] in which background that may be an old class is void.
 
-    Background without a pseudo label, whose best foreground score reaches the threshold and where no
-    instance was pasted (weights float [N, K, H, W]), is void, whatever the teacher's background scores
-    there: so also where that is higher, and kept the pixel from a pseudo label. teacher as in
-    pseudo_labels. Such pixels leave the BCE, but stay in its divisor: the weight of all other pixels,
-    and of the distillation beside them, does not depend on how many are doubtful.
+    Void becomes background that has no pseudo label and no pasted instance (weights float
+    [N, K, H, W], as in Composite), and where an old class scores the threshold or more, even if the
+    background scores higher. teacher as in pseudo_labels.
+    Such pixels leave the BCE, but stay in its divisor: the weight of all other pixels, and of the
+    distillation beside them, does not depend on how many are doubtful.
     """
     kept = torch.empty_like(labels)
     for i, label in enumerate(labels):

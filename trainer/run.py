@@ -1,6 +1,6 @@
 """One call of an entry point, in one process: train a step, or evaluate a checkpoint."""
 
-import os
+import contextlib
 from pathlib import Path
 
 import torch
@@ -11,13 +11,13 @@ from trainer import output
 from trainer.base_step import BaseStep
 from trainer.evaluate import evaluate
 from trainer.incremental import IncrementalStep
-from utils.checkpoint import final_checkpoint, lock, write_json
+from utils.checkpoint import final_checkpoint, locked, write_json
 from utils.distributed import barrier, device, rank, world_size
 from utils.errors import UserError
 from utils.logging import log, set_up_logging
 from utils.metrics import format_table
 
-# The kinds of steps by method: of step 0, and of the steps after it.
+# The kinds of steps by method: that of step 0, and that of the steps after it.
 STEPS = {"eir": (BaseStep, IncrementalStep)}
 
 
@@ -35,22 +35,19 @@ def train(config: Config, call: TrainCall) -> None:
         return
     resume = output.where_to_start(config, call)
     data = StepData(config)
-    barrier()  # all processes have looked at the folder before the first one writes into it
-    _start_log(config, call, config.step_dir(kind="log"))
-    data.describe()
     previous = output.previous_checkpoint(config, call) if data.step else None
-    trainer = STEPS["eir"][data.step > 0](config, data, resume, previous)
-    held = None
-    if rank() == 0:
-        held = lock(folder, f"another process is training {folder}: wait for it, or end it")
-    try:
+    set_up_logging(None, config.trainer.verbosity, rank() == 0)  # no file before all is checked
+    kind = STEPS["eir"][min(data.step, 1)]
+    trainer = kind(config, data, resume, previous)
+    barrier()  # all processes have looked at the folder before the first one writes into it
+    busy = f"another process is training {folder}: wait for it, or end it"
+    with locked(folder, busy) if rank() == 0 else contextlib.nullcontext():
+        _start_log(config, call, config.step_dir(kind="log"))
+        data.describe()
         if rank() == 0:
             output.begin(config, resume is not None, call.overwrite)
         barrier()
         trainer.fit()
-    finally:
-        if held is not None:
-            os.close(held)
 
 
 def evaluate_checkpoint(config: Config, call: EvalCall) -> None:

@@ -38,6 +38,11 @@ def _synchronised_bn(config):
     return several and config.arch.args.norm_act == "bn_sync"
 
 
+def micro_batches(config: Config, sizes: list[int]) -> int:
+    """How many micro-batches a batch is split into, in every process; sizes: its images in each."""
+    return min(config.trainer.accumulate, *sizes)
+
+
 def bn_images(config: Config, sizes: list[int]) -> int | None:
     """Images that batch normalisation takes its statistics over; None where it is frozen.
 
@@ -45,7 +50,7 @@ def bn_images(config: Config, sizes: list[int]) -> int | None:
     """
     if config.arch.args.freeze_all_bn:
         return None
-    pieces = min(config.trainer.accumulate, *sizes)
+    pieces = micro_batches(config, sizes)
     images = [size // pieces for size in sizes]
     return sum(images) if _synchronised_bn(config) else min(images)
 

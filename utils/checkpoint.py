@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -200,26 +200,27 @@ def final_checkpoint(folder: Path) -> Path | None:
     return next(reversed(numbered_checkpoints(folder)), None)
 
 
-def lock(folder: Path, busy: str) -> int | None:
-    """Hold a lock on a folder, which is made if need be, until this process and its children end.
+@contextlib.contextmanager
+def locked(folder: Path, busy: str) -> Iterator[int | None]:
+    """Hold a lock on a folder, which is made if need be; it dies with this process.
 
-    Returns the lock's file descriptor. Raises UserError(busy) while another process holds it. Where the
-    system or the file system has no such locks (Windows, some network file systems), nothing is locked
-    and None is returned.
+    Gives the lock's file descriptor: a child that inherits it holds the lock too. Raises
+    UserError(busy) while another process holds it. Where the system or the file system has no such
+    locks (Windows, some network file systems), nothing is locked and None is given.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_CREAT | os.O_RDWR)
     except OSError as error:
         raise cannot_write(folder, error) from None
-    if fcntl is None:
-        return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        held = descriptor
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(busy) from None
+        except (OSError, AttributeError):  # no locks on this file system; no fcntl
+            held = None
+        yield held
+    finally:
         os.close(descriptor)
-        raise UserError(busy) from None
-    except OSError:
-        os.close(descriptor)
-        return None
-    return descriptor

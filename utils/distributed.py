@@ -67,6 +67,8 @@ def launch(worker: Callable, config, *arguments) -> None:
 def _run(local_rank, worker, config, url, *arguments):
     """One process: join the group if there is one, work, leave.
 
+    local_rank None: torchrun started this process. url None with a number: it is the only one.
+
     Every exception ends here as one line: those that a user can do something about say what. The
     traceback of any other, which is a fault of the program, goes to a file that the line names.
     """

@@ -1,6 +1,7 @@
 """The exception that stands for "the user can fix this", what becomes one, and how it is shown."""
 
 import os
+import re
 import signal
 import sys
 import time
@@ -34,7 +35,7 @@ def explained(error: BaseException) -> UserError | None:
             f"{where} is used up: use a smaller --bs, or a larger --accumulate (the same batch in more "
             "pieces), or a smaller --crop_size; the last checkpoint stands"
         )
-    if "shared memory" in text or "Bus error" in text or "/torch_" in text:
+    if "shared memory" in text or "Bus error" in text or re.search(r"/torch_\d+_", text):
         return UserError(
             "the loader's processes have too little shared memory (/dev/shm): start the container "
             "with more of it (docker run --shm-size 8g), or use --num_workers 0"

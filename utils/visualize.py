@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-VOID = 255  # the label of pixels that count nowhere: in no loss, in no metric
+VOID = 255  # the label of pixels that count in no loss and in no metric
 
 
 def voc_palette() -> np.ndarray:

@@ -96,7 +96,7 @@ class Case:
 
     def augmentation(self):
         bank = Bank(self.memory, self.channels, CPU)
-        return PasteAugmentation(self.settings, self.crop, bank, seed=1, views=3)
+        return PasteAugmentation(self.settings, self.crop, bank, seed=1, view_count=3)
 
     def batch(self, rows=slice(None)):
         """The arguments of the paste, or some rows of them."""
@@ -631,7 +631,7 @@ def training_path(case, device):
     images = torch.randint(0, 256, case.images.shape, generator=g, dtype=torch.uint8).to(device)
     given, replayed = (t.to(device) for t in (case.given, case.replayed))
     bank = Bank(case.memory, case.channels, device)
-    paste = PasteAugmentation(case.settings, case.crop, bank, seed=1, views=3)
+    paste = PasteAugmentation(case.settings, case.crop, bank, seed=1, view_count=3)
     paste.views(3)  # at the start of an epoch, on the host
     factor = torch.ones((), device=device)
 

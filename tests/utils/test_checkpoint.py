@@ -7,11 +7,12 @@ import pytest
 import torch
 from torch import nn
 
+from utils import checkpoint
 from utils.checkpoint import (
     content_digest,
     final_checkpoint,
     load_weights,
-    lock,
+    locked,
     read_checkpoint,
     save_checkpoint,
     write_atomically,
@@ -133,15 +134,25 @@ def test_a_wrong_byte_is_found_by_its_checksum(tmp_path):
         content_digest(tmp_path / "c.txt")
 
 
-def test_a_lock_is_held_until_it_is_closed(tmp_path):
-    held = lock(tmp_path / "step", "busy")
-    with pytest.raises(UserError, match=r"^busy$"):
-        lock(tmp_path / "step", "busy")
-    os.close(held)
-    os.close(lock(tmp_path / "step", "busy"))
+def test_a_lock_is_held_until_its_block_ends(tmp_path):
+    with (
+        locked(tmp_path / "step", "busy"),
+        pytest.raises(UserError, match=r"^busy$"),
+        locked(tmp_path / "step", "busy"),
+    ):
+        pass
+    with locked(tmp_path / "step", "busy") as descriptor:
+        assert os.fstat(descriptor).st_ino == (tmp_path / "step" / ".lock").stat().st_ino
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot write"):
-        lock(tmp_path / "file", "busy")
+    with pytest.raises(UserError, match="cannot write"), locked(tmp_path / "file", "busy"):
+        pass
+
+
+def test_without_locks_nothing_is_locked(tmp_path, monkeypatch):
+    """As on Windows, where Python has no fcntl."""
+    monkeypatch.setattr(checkpoint, "fcntl", None)
+    with locked(tmp_path, "busy") as outer, locked(tmp_path, "busy") as inner:
+        assert outer is None and inner is None
 
 
 class TestLoading:

@@ -92,7 +92,6 @@ class TestFiles:
             ("data_loader.args.train.args.transform", False, "true"),
             ("data_loader.args.val.cross_val", True, "false"),
             ("hyperparameter.loss_lovasz", 1, "0"),
-            ("n_gpu", "all", "0"),
             ("evaluator", {"type": "Other"}, '{"type": "Evaluator", "args": {}}'),
         ],
     )
@@ -161,7 +160,7 @@ class TestFiles:
     def test_files_that_are_no_json_object(self, tmp_path, text):
         refusal(tmp_path, text)
 
-    @pytest.mark.parametrize("key", ["trainer.verbosity", "optimizer.args.lr", "name", "n_gpu"])
+    @pytest.mark.parametrize("key", ["trainer.verbosity", "optimizer.args.lr", "name"])
     @pytest.mark.parametrize("digits", [400, 5000])
     def test_numbers_of_many_digits_are_refused(self, tmp_path, key, digits):
         refusal(tmp_path, json.dumps(nested(key, "@")).replace('"@"', "9" * digits))
