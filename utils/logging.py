@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+from utils.checkpoint import cannot_write, write_atomically
 from utils.errors import UserError
 
 log = logging.getLogger("eir")
@@ -27,12 +28,22 @@ def set_up_logging(folder: Path | None, verbosity: int = 2, main_process: bool =
     if folder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handlers.append(logging.FileHandler(folder / "log.txt", encoding="utf-8"))
+            handlers.append(_LogFile(folder / "log.txt", encoding="utf-8"))
         except OSError as error:
             raise UserError(f"cannot write the log in {folder}: {error.strerror}") from None
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     for handler in handlers:
         log.addHandler(handler)
+
+
+class _LogFile(logging.FileHandler):
+    """A log file that cannot be written ends the run in one line, where Python prints a traceback."""
+
+    def handleError(self, record):
+        error = sys.exc_info()[1]
+        if isinstance(error, OSError):
+            raise cannot_write(Path(self.baseFilename), error) from None
+        super().handleError(record)
 
 
 class EpochRecords:
@@ -46,13 +57,16 @@ class EpochRecords:
     def keep_until(self, epoch: int) -> None:
         """Drop the lines after `epoch`, which a resumed run writes again, and damaged ones."""
         if self.path.is_file():
-            lines = self.path.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and _epoch_of(line) <= epoch]
-            self.path.write_text("".join(kept))
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith(b"\n") and _epoch_of(line) <= epoch]
+            write_atomically(self.path, lambda file: file.writelines(kept))
 
     def write(self, record: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise cannot_write(self.path, error) from None
         if self.writer:
             for name, value in record.items():
                 if isinstance(value, (int, float)) and name != "epoch":
@@ -64,7 +78,7 @@ def _epoch_of(line):
     """Epoch of a record; infinity for a line that is none."""
     try:
         return int(json.loads(line)["epoch"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return math.inf
 
 
