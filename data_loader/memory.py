@@ -21,7 +21,7 @@ from scipy import ndimage
 
 from data_loader.tasks import CLASS_NAMES
 from data_loader.voc import ImageList, LabelIndex, read_image, read_label
-from utils.checkpoint import cannot_write, write_json
+from utils.checkpoint import cannot_write, json_digest, write_json
 from utils.errors import UserError
 from utils.logging import log
 from utils.visualize import VOID, label_image
@@ -98,28 +98,39 @@ def read_manifest(folder: Path) -> dict:
     try:
         manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         stored = manifest.pop("sha256", None)
-        manifest["sha256"] = _digest(manifest)
+        manifest["sha256"] = json_digest(manifest)
         if stored is not None and stored != manifest["sha256"]:
             raise ValueError("its digest differs")
         if stored is None:
             log.warning(f"{folder / MANIFEST} has no digest, as former versions wrote it: not checked")
         entries = [Entry(**row) for row in manifest["entries"]]
         for entry in entries:
-            if not re.fullmatch(r"[\w.-]+", entry.file) or len(entry.sha256) != len(PARTS):
-                raise ValueError(f"an entry names the file {entry.file!r}")
+            _check_entry(entry)
         return {**manifest, "entries": entries}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"cannot read the memory in {folder} ({error}): {DRAW_ANEW}") from None
 
 
-def _digest(manifest):
-    """A digest of a manifest's content, without its own."""
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+def _check_entry(entry):
+    """Raise ValueError for an entry that no memory can have."""
+    if not re.fullmatch(r"[\w.-]+", entry.file) or len(entry.sha256) != len(PARTS):
+        raise ValueError(f"an entry names the file {entry.file!r}")
+    place = [entry.top, entry.left, entry.height, entry.width, *entry.canvas]
+    numbers = [entry.drawn_for, *entry.classes, *place]
+    if not all(type(n) is int and n >= 0 for n in numbers) or len(entry.canvas) != 2:
+        raise ValueError(f"the entry {entry.file} has numbers that are none")
+    if max(entry.drawn_for, *entry.classes) >= len(CLASS_NAMES):
+        raise ValueError(f"the entry {entry.file} is of a class that VOC does not have")
+    if entry.top + entry.height > entry.canvas[0] or entry.left + entry.width > entry.canvas[1]:
+        raise ValueError(f"the entry {entry.file} does not fit on its canvas")
 
 
 def _read_crop(folder, entry):
     """Image uint8 [h, w, 3] and label uint8 [h, w] of an entry, as stored."""
-    return [np.array(Image.open(io.BytesIO(data))) for data in _read_files(folder, entry)]
+    image, label = (np.array(Image.open(io.BytesIO(data))) for data in _read_files(folder, entry))
+    if label.shape != (entry.height, entry.width) or image.shape != (*label.shape, 3):
+        raise UserError(f"the entry {entry.file} in {folder} has another size than stored: {DRAW_ANEW}")
+    return image, label
 
 
 def _read_files(folder, entry):
@@ -195,7 +206,7 @@ def build_memory(
         raise cannot_write(temporary, error) from None
     numbers = {CLASS_NAMES[c]: [k for k, e in enumerate(stored) if e.drawn_for == c] for c in lists}
     manifest = {**settings, "lists": numbers, "entries": [asdict(entry) for entry in stored]}
-    manifest["sha256"] = _digest(manifest)
+    manifest["sha256"] = json_digest(manifest)
     write_json(temporary / MANIFEST, manifest)
     try:
         shutil.rmtree(folder, ignore_errors=True)  # without a manifest, it holds no memory

@@ -91,6 +91,11 @@ def write_json(path: Path, content: dict) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def json_digest(content: Any) -> str:
+    """A digest of what a JSON file holds, however it is laid out."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def read_json_object(path: Path) -> dict | None:
     """The object in a JSON file; None if there is no such file, or no object in it."""
     try:
@@ -108,9 +113,9 @@ def content_digest(path: Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             parts = [f"{part.filename.split('/', 1)[-1]} {part.CRC}" for part in archive.infolist()]
-    except (OSError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zipfile raises many kinds on a damaged archive
         raise UserError(f"cannot read {path}: {error}") from None
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+    return hashlib.sha256("\n".join(parts).encode(errors="replace")).hexdigest()
 
 
 def read_file(path: str | Path, what: str = "checkpoint") -> dict:
