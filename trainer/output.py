@@ -1,7 +1,8 @@
 """What a step leaves in its folder, and what a later call finds there.
 
 config.json          the settings
-made_from.json       digests of the model before and of the memory, and how large a batch is
+made_from.json       digests of the model before and of the memory, and how large a batch is; once the step
+                     is finished, also digests of its own model and of its results
 memory/              the memory that the step replays (data_loader/memory.py)
 last.pth             checkpoint of the latest epoch, to resume from
 model_best.pth       checkpoint of the best validation, if a value is monitored
@@ -17,12 +18,14 @@ import torch
 
 from configs.options import Config, TrainCall, load_config
 from data_loader.data_loaders import StepData
+from data_loader.memory import MANIFEST
 from models.deeplabv3 import DeepLabV3
 from trainer.evaluate import evaluate
 from trainer.setup import bn_images
 from utils.checkpoint import (
     content_digest,
     final_checkpoint,
+    json_digest,
     load_weights,
     numbered_checkpoints,
     read_checkpoint,
@@ -30,7 +33,7 @@ from utils.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from utils.config import differences
+from utils.config import differences, get, options
 from utils.distributed import barrier, rank, world_size
 from utils.errors import UserError
 from utils.logging import log
@@ -61,26 +64,45 @@ def is_finished(config: Config, processes: int | None = None) -> bool:
             f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
             "another --name or --save_dir, or --overwrite it"
         )
+    _check_unchanged(folder)
     check_not_stale(config, config.task.step)
     return True
 
 
 def has_results(folder: Path) -> bool:
-    """True if metrics.json is there and whole: the step in the folder is finished."""
+    """True if metrics.json is there and as it was written: the step in the folder is finished."""
     metrics = read_json_object(folder / "metrics.json") or {}
+    known = (read_json_object(folder / "made_from.json") or {}).get("metrics")
+    if known is not None and known != json_digest(metrics):
+        return False
     return all(isinstance(metrics.get(m), dict) and metrics[m].keys() >= {*GROUPS} for m in METRICS)
 
 
-def check_not_stale(config: Config, step: int) -> None:
-    """Raise UserError if a step was trained from another model than the one before it is now."""
-    folder = config.step_dir(step)
-    record = read_json_object(folder / "made_from.json") or {}
-    before = final_checkpoint(config.step_dir(step - 1)) if record.get("own_previous") else None
-    if before and content_digest(before) != record["previous"]:
+def _check_unchanged(folder):
+    """Raise UserError if the final checkpoint of a finished step is not the one that it ended with."""
+    path = final_checkpoint(folder)
+    known = (read_json_object(folder / "made_from.json") or {}).get("final")
+    if path and known is not None and content_digest(path) != known:
         raise UserError(
-            f"{folder} was trained from another model of step {step - 1} than {before} is now: "
-            f"train it anew (--task_step {step} --overwrite)"
+            f"{path} has changed since its step was finished: restore it from a copy, or train the "
+            "step anew with --overwrite"
         )
+
+
+def check_not_stale(config: Config, step: int) -> None:
+    """Raise UserError if a step, or one that it goes back to, was trained from another model than the
+    one before it is now."""
+    for later in range(step, 0, -1):
+        folder = config.step_dir(later)
+        record = read_json_object(folder / "made_from.json") or {}
+        before = final_checkpoint(config.step_dir(later - 1)) if record.get("own_previous") else None
+        if before is None:
+            return
+        if content_digest(before) != record.get("previous"):
+            raise UserError(
+                f"{folder} was trained from another model of step {later - 1} than {before} is now: "
+                f"train it anew (--task_step {later} --overwrite)"
+            )
 
 
 def where_to_start(config: Config, call: TrainCall) -> Path | None:
@@ -135,6 +157,7 @@ def previous_checkpoint(config: Config, call: TrainCall) -> Path:
             f"step {step} is not finished in {folder}: train it first (--task_step {step}), or give "
             "its model with --prev_checkpoint FILE"
         )
+    _check_unchanged(folder)
     check_not_stale(config, step)
     return path
 
@@ -170,6 +193,7 @@ def begin(config: Config, resumed: bool, overwrite: bool) -> None:
             for path in folder.glob(pattern):
                 path.unlink()
         if overwrite:
+            (folder / "memory" / MANIFEST).unlink(missing_ok=True)  # without it, it holds no memory
             shutil.rmtree(folder / "memory", ignore_errors=True)
         later = config.step_dir(config.task.step + 1)
         if later.is_dir():
@@ -209,7 +233,8 @@ def made_from(trainer: "Trainer") -> dict:
     previous, own_previous: digest of the model before, and whether that is the own run's step t-1;
     memory: digest of the memory's manifest; batch: images of an update, over all processes; bn_batch:
     images that batch normalisation takes its statistics over, None where it is frozen; processes: how
-    many there are, at step 0 alone, where dropout has a generator in each.
+    many there are, at step 0 alone, where dropout has a generator in each; settings: all options that
+    make an experiment, by their paths.
     """
     config, previous = trainer.config, trainer.previous
     before, memory = config.step_dir(trainer.data.step - 1), trainer.dataset.memory
@@ -220,6 +245,11 @@ def made_from(trainer: "Trainer") -> dict:
         "batch": config.data.train.batch_size * world_size(),
         "bn_batch": bn_images(config, trainer.batches.sizes()),
         "processes": None if trainer.data.step else world_size(),
+        "settings": {
+            o.path: get(config, o.path)
+            for o in options(Config)
+            if not o.metadata["incidental"] and o.path != "name"
+        },
     }
 
 
@@ -238,12 +268,18 @@ CANNOT_GO_ON = {
 
 def restore(trainer: "Trainer", content: dict, path: Path) -> None:
     """Put a trainer where a checkpoint left it; UserError if that does not fit."""
-    old, new = content.get("made_from", {}), trainer.made_from
-    for key, reason in CANNOT_GO_ON.items():
-        if key in old and old[key] != new[key]:
-            reason = reason.format(old=old[key], new=new[key])
-            raise UserError(f"{path} cannot be resumed from: {reason}")
     try:
+        old, new = content.get("made_from", {}), trainer.made_from
+        before, now = old.get("settings", {}), new["settings"]
+        changed = [key for key in before if key in now and before[key] != now[key]]
+        if changed:
+            raise UserError(
+                f"{path} cannot be resumed from: it has other settings ({', '.join(changed)})"
+            )
+        for key, reason in CANNOT_GO_ON.items():
+            if key in old and old[key] != new[key]:
+                reason = reason.format(old=old[key], new=new[key])
+                raise UserError(f"{path} cannot be resumed from: {reason}")
         iterations = content["lr_scheduler"]["total_iters"]
         if iterations != trainer.scheduler.total_iters:
             raise ValueError(
@@ -301,6 +337,8 @@ def finish(trainer: "Trainer") -> None:
             later.unlink()  # of a longer run that was gone back from
     metrics = evaluate(trainer.model, trainer.data, "test", trainer.device)
     if rank() == 0:
+        ends = {"final": content_digest(_numbered(trainer)), "metrics": json_digest(metrics)}
+        write_json(folder / "made_from.json", {**trainer.made_from, **ends})
         write_json(folder / "metrics.json", metrics)
     log.info("\n" + format_table(metrics, *trainer.data.groups))
     log.info(f"\ncheckpoint  {_numbered(trainer)}")

@@ -45,9 +45,21 @@ def train(config: Config, call: TrainCall) -> None:
         _start_log(config, call, config.step_dir(kind="log"))
         data.describe()
         if rank() == 0:
+            _check_still(config, call, resume)
             output.begin(config, resume is not None, call.overwrite)
         barrier()
         trainer.fit()
+
+
+def _check_still(config, call, resume):
+    """Raise UserError if another process trained the step before this one had the lock."""
+    if call.overwrite:
+        return
+    if output.is_finished(config) or output.where_to_start(config, call) != resume:
+        raise UserError(
+            f"another process has trained {config.step_dir()} meanwhile: the same command with "
+            "--resume auto goes on from there"
+        )
 
 
 def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
