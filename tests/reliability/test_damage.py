@@ -1,0 +1,167 @@
+"""A file that is damaged gives the result that it would have given, or one line that names it."""
+
+import random
+import shutil
+
+import pytest
+
+from tests.helpers import snapshot
+from tests.reliability.runs import RUN, STEP_1, copy, flags, refused, result, run
+
+pytestmark = pytest.mark.slow
+STEP = f"models/{RUN}/step_1"
+BEFORE = f"models/{RUN}/step_0"
+LOG = f"log/{RUN}/step_1"
+PNG = f"{STEP}/memory/000_*_image.png"
+
+HALFWAY = [
+    f"{STEP}/config.json",
+    f"{STEP}/made_from.json",
+    f"{STEP}/last.pth",
+    f"{STEP}/memory/manifest.json",
+    PNG,
+    f"{STEP}/memory",
+    f"{LOG}/metrics.jsonl",
+    f"{LOG}/log.txt",
+    f"{BEFORE}/config.json",
+    f"{BEFORE}/made_from.json",
+    f"{BEFORE}/metrics.json",
+    f"{BEFORE}/checkpoint-epoch2.pth",
+]
+FINISHED = [
+    f"{STEP}/config.json",
+    f"{STEP}/made_from.json",
+    f"{STEP}/metrics.json",
+    f"{STEP}/last.pth",
+    f"{STEP}/checkpoint-epoch2.pth",
+    f"{STEP}/memory/manifest.json",
+    PNG,
+    f"{BEFORE}/checkpoint-epoch2.pth",
+]
+
+
+def truncate(path, other, draw):
+    _write(path, path.read_bytes()[: draw.randrange(1, path.stat().st_size)])
+
+
+def flip(path, other, draw):
+    content = bytearray(path.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    _write(path, bytes(content))
+
+
+def empty(path, other, draw):
+    _write(path, b"")
+
+
+def swap(path, other, draw):
+    """The file of another run in its place."""
+    _remove(path)
+    (shutil.copytree if other.is_dir() else shutil.copy2)(other, path)
+
+
+def wrong_type(path, other, draw):
+    """A folder in place of a file, a file in place of a folder."""
+    folder = path.is_dir()
+    _remove(path)
+    path.touch() if folder else path.mkdir()
+
+
+def _remove(path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _write(path, content):
+    path.unlink()  # it may be a link to the file of the undisturbed run
+    path.write_bytes(content)
+
+
+DAMAGES = [truncate, flip, flip, flip, empty, swap, wrong_type]
+
+
+def disturbed(root, start, other, place, files):
+    """Damage a file in a copy of `start` and run the same command, for all files and damages.
+
+    Yields (what was done, damaged path, files before, folder, error line or None).
+    """
+    for name in files:
+        for number, damage in enumerate(DAMAGES):
+            saved = copy(start, place / "run" / "saved")
+            path, draw = next(saved.glob(name)), random.Random(f"{name} {number}")
+            if path.is_dir() and damage not in (swap, wrong_type):
+                shutil.rmtree(saved.parent)
+                continue
+            damage(path, next(other.folder.glob(name)), draw)
+            relative, before = str(path.relative_to(saved)), snapshot(saved)
+            error = refused(run([*flags(root, saved, **STEP_1), "--resume", "auto"]))
+            yield f"{damage.__name__} {number} of {relative}", relative, before, saved, error
+            shutil.rmtree(saved.parent)
+
+
+def good_files(files, damaged):
+    """The files that were not damaged, without those that any run writes to."""
+    changing = (f"{LOG}/log.txt", f"{LOG}/metrics.jsonl", f"{STEP}/.lock", f"{STEP}/made_from.json")
+    return {
+        name: digest
+        for name, digest in files.items()
+        if not name.startswith(damaged) and name not in changing
+    }
+
+
+def without(found, damaged):
+    """A result without what was damaged, and cannot be as it was."""
+    name = damaged.removeprefix(f"{STEP}/").removeprefix(f"{LOG}/")
+    return {key: value for key, value in found.items() if key != name}
+
+
+def test_damage_halfway_through_a_step(root, halfway, step_1, other, place):
+    """Each file that the rest of the step reads, of the step and of the one before it."""
+    wrong, same, errors = [], 0, 0
+    for what, damaged, before, saved, error in disturbed(root, halfway, other, place, HALFWAY):
+        after = snapshot(saved)
+        if error is None:
+            same += 1
+            # a record of the log can only be lost; all else comes out as undisturbed
+            lost = damaged if damaged.startswith(LOG) else ""
+            if without(result(saved), lost) != without(step_1.result, lost):
+                wrong.append((what, "another result"))
+            continue
+        errors += 1
+        kept, good = good_files(after, damaged), good_files(before, damaged)
+        if any(kept.get(name) != digest for name, digest in good.items()):
+            wrong.append((what, "a good file changed", error))
+    print(f"damage halfway: {same + errors} cases, {same} the same result, {errors} refused")
+    assert not wrong
+
+
+def test_damage_of_a_finished_step(root, step_1, other, place):
+    """What is wrong is refused here, or by whoever reads it: the next step."""
+    wrong, same, errors = [], 0, 0
+    for what, damaged, before, saved, error in disturbed(root, step_1.folder, other, place, FINISHED):
+        if error is not None:
+            errors += 1
+            kept, good = good_files(snapshot(saved), damaged), good_files(before, damaged)
+            if kept != good:
+                wrong.append((what, "a good file changed", error))
+            continue
+        same += 1
+        found = result(saved)
+        if found == step_1.result:
+            continue
+        if without(found, damaged) != without(step_1.result, damaged):
+            wrong.append((what, "another result"))
+        elif damaged != f"{STEP}/last.pth":  # only this one is read by nobody any more
+            later = flags(root, saved, **{**STEP_1, "task_step": 2})
+            if refused(run(later)) is None:
+                wrong.append((what, "the next step took it"))
+    print(f"damage of a finished step: {same + errors} cases, {same} the same, {errors} refused")
+    assert not wrong
+
+
+def test_a_damaged_checkpoint_is_not_evaluated(root, step_1, other, place):
+    for number, damage in enumerate((truncate, empty, wrong_type)):
+        saved = copy(step_1.folder, place / f"{number}" / "saved")
+        path = saved / STEP / "checkpoint-epoch2.pth"
+        damage(path, None, random.Random(number))
+        outcome = run(["-r", str(path), "--save_dir", str(saved)], command="eval")
+        assert str(path) in refused(outcome)
