@@ -1,8 +1,8 @@
 """What a step leaves in its folder, and what a later call finds there.
 
 config.json          the settings
-made_from.json       digests of the model before and of the memory, and how large a batch is; once the step
-                     is finished, also digests of its own model and of its results
+made_from.json       digests of the model before and of the memory, and how large a batch is; once
+                     the step is finished, also digests of its own model and of its results
 memory/              the memory that the step replays (data_loader/memory.py)
 last.pth             checkpoint of the latest epoch, to resume from
 model_best.pth       checkpoint of the best validation, if a value is monitored
