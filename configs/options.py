@@ -159,6 +159,12 @@ class DataArgs:
     data_root: str = option(
         "data/VOC2012", "VOC2012 folder, or the VOCdevkit above it", "--data_root", incidental=True
     )
+    allow_val_in_train: bool = option(
+        False,
+        "train on images of the validation list too, if the training list names them",
+        "--allow_val_in_train",
+        incidental=True,
+    )
     task: TaskArgs = section(TaskArgs)
     train: TrainSet = section(TrainSet)
     val: EvalSet = section(EvalSet)

@@ -2,6 +2,7 @@
 
 import collections
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,10 +15,12 @@ from data_loader.dataset import LabelledImages
 from data_loader.memory import Memory, Source, build_memory, stored_entries
 from data_loader.tasks import CLASS_NAMES, check_step, get_task
 from data_loader.transforms import EvalTransform, TrainTransform, whole
-from data_loader.voc import VOC2012, LabelIndex
+from data_loader.voc import VOC2012, LabelIndex, in_both
 from utils.distributed import barrier, first_process_first, rank
 from utils.errors import UserError
 from utils.logging import log
+
+VOC_COUNTS = (10582, 1449)  # images in VOC's train_aug.txt (with SBD) and val.txt
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -101,7 +104,7 @@ class StepData:
         self.step = config.task.step
         check_step(self.task, self.step)
         self.voc = VOC2012(self.config.data_root, config.task.idxs_path)
-        self.lists = {"train": self.voc.read_list("train"), "val": self.voc.read_list("val")}
+        self.lists = self.voc.read_lists(self.config.allow_val_in_train)
         self.indices = {
             name: first_process_first(lambda images=images: self.voc.index(images, cores()))
             for name, images in self.lists.items()
@@ -110,17 +113,38 @@ class StepData:
         self.other_val_labels = first_process_first(lambda: self._other_index(other))
 
     def _other_index(self, other):
-        """Ids of val that have two labels, and the index of the labels that are not used; or None."""
-        return (other.ids, self.voc.index(other, cores())) if other.ids else None
+        """Ids of val that have two labels, and the index of those not used; or None, or an error.
+
+        Labels that are not used stop nothing: what is wrong with them is for the log.
+        """
+        try:
+            return (other.ids, self.voc.index(other, cores())) if other.ids else None
+        except UserError as error:
+            return error
 
     def describe(self) -> None:
-        """Write to the log where the labels come from, and what is doubtful about them."""
-        val = self.lists["val"]
+        """Write to the log where images and labels come from, and what is doubtful about them."""
+        train, val = self.lists["train"], self.lists["val"]
+        if all(re.fullmatch(r"\d{4}_\d{6}", name) for name in (*train.ids, *val.ids)):
+            counts = len(train.ids), len(val.ids)
+            if counts != VOC_COUNTS:
+                found, published = (f"{a:,} and {b:,}" for a, b in (counts, VOC_COUNTS))
+                log.info(f"training and validation images: {found} (VOC 2012 with SBD: {published})")
+        both = in_both(train, val)
+        if both:
+            log.warning(f"{len(both)} validation images are trained on, {both[0]} first")
         folders = collections.Counter(label.parent.name for label in val.labels)
         counts = ", ".join(f"{folder} ({count})" for folder, count in folders.items())
         log.info(f"labels of the validation images: {counts}")
-        if self.other_val_labels:
+        self._describe_other_labels()
+
+    def _describe_other_labels(self):
+        """Warn of validation images whose labels in the two label folders differ."""
+        if isinstance(self.other_val_labels, UserError):
+            log.warning(f"among labels of validation images that are not used: {self.other_val_labels}")
+        elif self.other_val_labels:
             ids, index = self.other_val_labels
+            val = self.lists["val"]
             row = {name: i for i, name in enumerate(val.ids)}
             used = self.indices["val"].present[[row[name] for name in ids]]
             differs = np.flatnonzero((used != index.present).any(axis=1))

@@ -5,15 +5,20 @@ The *label index* holds, for each image of a list and each class, the number of 
 an array operation on it.
 """
 
+import collections
+import contextlib
 import hashlib
 import io
 import os
+import posixpath
+import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -25,6 +30,26 @@ from utils.visualize import VOID
 
 LABEL_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 LISTS = {"train": "train_aug.txt", "val": "val.txt"}
+
+
+@contextlib.contextmanager
+def reading(what: str, path: Path) -> Iterator[None]:
+    """Turn whatever keeps this block from reading a file into one line: UserError.
+
+    what: the kind of thing that `path` is, for the message. The operating system, Pillow and its
+    decoders raise many kinds of exceptions on a file that is not what it should be (OSError,
+    SyntaxError, ValueError, struct.error, DecompressionBombError), so all of them are caught.
+    """
+    try:
+        yield
+    except (UserError, MemoryError):
+        raise
+    except Exception as error:
+        if isinstance(error, UnidentifiedImageError):
+            reason = "it is no image file, or its beginning is damaged"
+        else:
+            reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise UserError(f"cannot read {what} {path}: {reason or type(error).__name__}") from None
 
 
 @dataclass(frozen=True)
@@ -54,47 +79,69 @@ class VOC2012:
     """A VOC2012 folder, or the VOCdevkit above it."""
 
     def __init__(self, root: str | Path, cache_dir: str | Path | None = None):
-        self.root = _find_root(Path(root).expanduser())
+        self.root = _find_root(Path(os.path.expanduser(root)))
         self.cache_dir = Path(cache_dir) if cache_dir else self.root / "label_index"
 
-    def read_list(self, split: str) -> ImageList:
-        """The list of `train` (train_aug.txt) or `val` (val.txt); all its files exist.
+    def read_lists(self, allow_val_in_train: bool = False) -> dict[str, ImageList]:
+        """The lists `train` and `val`.
 
-        Lines are `/JPEGImages/x.jpg /SegmentationClassAug/x.png` or a bare id. The label of a bare id
-        is in SegmentationClassAug, for val in SegmentationClass (as in the release's
+        Raises UserError as read_list does, and for images that are in both lists, unless
+        allow_val_in_train.
+        """
+        lists = {split: self.read_list(split) for split in LISTS}
+        both = in_both(lists["train"], lists["val"])
+        if both and not allow_val_in_train:
+            raise UserError(
+                f"{len(both)} validation images are in the training list {LISTS['train']} too, "
+                f"{both[0]} first: take them out of it, or train on what is evaluated with "
+                "--allow_val_in_train on"
+            )
+        return lists
+
+    def read_list(self, split: str) -> ImageList:
+        """The list of `train` (train_aug.txt) or `val` (val.txt); all its files exist, none twice.
+
+        Lines are `/JPEGImages/x.jpg /SegmentationClassAug/x.png` or a bare id; blank lines, line ends
+        of other systems and a byte order mark are left out. The label of a bare id is in
+        SegmentationClassAug, for val in SegmentationClass (as in the release's
         VOCSegmentationIncremental), or else in the other of the two.
-        Raises UserError for a missing or empty list, or files that it names and that are missing.
+        Raises UserError for a list that is missing, empty or no text, for an image that stands in it
+        twice, and for files that are outside the data root or cannot be found.
         """
         path = self.root / "ImageSets" / "Segmentation" / LISTS[split]
-        if not path.is_file():
-            raise UserError(f"no list {path}: put the {split} list of VOC 2012 there")
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read the list {path}: {error}") from None
-        lines = [line.split() for line in text.splitlines() if line.strip()]
-        if not lines:
-            raise UserError(f"the list {path} is empty")
+        lines = _read_lines(path, split)
         files = _Folder(self.root)
         images, labels = zip(*(self._pair(words, path, files, split) for words in lines), strict=True)
-        missing = [str(self.root / f) for f in (*images, *labels) if not files.has(f)]
+        missing = [self.root / f for f in (*images, *labels) if not files.has(f)]
         if missing:
+            named = ", ".join(_why_missing(file) for file in missing[:5])
             more = ", ..." if len(missing) > 5 else ""
-            raise UserError(
-                f"{len(missing)} files named by {path} are missing: {', '.join(missing[:5])}{more}"
-            )
+            raise UserError(f"{len(missing)} files named by {path} are missing: {named}{more}")
+        _refuse_repeated(images, path)
         images, labels = ([self.root / f for f in column] for column in (images, labels))
         return ImageList(split, [f.stem for f in images], images, labels)
 
     def _pair(self, words, path, files, split):
         """Image and label of a line, relative to the root."""
-        if len(words) == 2:
-            return tuple(word.lstrip("/") for word in words)
         if len(words) > 2:
             raise UserError(f"{path}: cannot read the line {' '.join(words)!r}: image and label")
-        first, other = (f"{f}/{words[0]}.png" for f in LABEL_FOLDERS[:: -1 if split == "val" else 1])
-        label = other if files.has(other) and not files.has(first) else first
-        return f"JPEGImages/{words[0]}.jpg", label
+        if len(words) == 2:
+            return tuple(self._inside(word, path) for word in words)
+        image, *labels = (
+            self._inside(name, path)
+            for name in (f"JPEGImages/{words[0]}.jpg", *(f"{f}/{words[0]}.png" for f in LABEL_FOLDERS))
+        )
+        first, other = labels[:: -1 if split == "val" else 1]
+        return image, other if files.has(other) and not files.has(first) else first
+
+    def _inside(self, name, path):
+        """A file that a list names, relative to the root and always written in the same way."""
+        file = posixpath.normpath(name.replace("\\", "/").lstrip("/"))
+        if file.split("/")[0] == "..":
+            raise UserError(
+                f"{path} names {name}, which is outside the data root {self.root}: name files in it"
+            )
+        return file
 
     def other_labels(self, images: ImageList) -> ImageList:
         """The images of a list that have a label in the other label folder too, with that label."""
@@ -122,6 +169,60 @@ class VOC2012:
         return index
 
 
+def in_both(train: ImageList, val: ImageList) -> list[str]:
+    """Ids of the images of val that are images of train too, in val's order."""
+    shared = {image.with_suffix("") for image in train.images}
+    return [
+        name for name, image in zip(val.ids, val.images, strict=True) if image.with_suffix("") in shared
+    ]
+
+
+def _read_lines(path, split):
+    """The words of each line of a list that is not blank."""
+    with reading("the list", path):
+        try:
+            text = path.read_bytes().decode("utf-8-sig")
+        except FileNotFoundError:
+            raise UserError(f"no list {path}: put the {split} list of VOC 2012 there") from None
+        except UnicodeDecodeError:
+            raise UserError(
+                f"cannot read the list {path}: it is no text in UTF-8, save it as such"
+            ) from None
+    lines = [line.split() for line in text.splitlines() if line.strip()]
+    strange = next((word for words in lines for word in words if not word.isprintable()), None)
+    if strange:
+        raise UserError(
+            f"the list {path} names {strange[:60]!r}, which has characters that cannot be seen: "
+            "save it as plain text in UTF-8"
+        )
+    if not lines:
+        raise UserError(f"the list {path} is empty")
+    return lines
+
+
+def _refuse_repeated(images, path):
+    names = [posixpath.splitext(image)[0] for image in images]
+    counts = collections.Counter(names)
+    repeated = [name for name, count in counts.items() if count > 1]
+    if repeated:
+        raise UserError(
+            f"{len(repeated)} images stand in the list {path} more than once, "
+            f"{posixpath.basename(repeated[0])} first: keep one line of each"
+        )
+
+
+def _why_missing(path):
+    """A path at which there is no file, with what is there instead, if anything is."""
+    if not os.path.lexists(path):
+        return str(path)
+    target = f"a link to {os.readlink(path)}: " if os.path.islink(path) else ""
+    try:
+        os.stat(path)
+        return f"{path} ({target}not a file)"
+    except OSError as error:
+        return f"{path} ({target}{error.strerror})"
+
+
 class _Folder:
     """Which files exist below a root, read one directory at a time."""
 
@@ -129,18 +230,34 @@ class _Folder:
         self.root, self.names = root, {}
 
     def has(self, file):
-        """Whether a file, named relative to the root, exists."""
+        """Whether a file, named relative to the root, exists; a link whose target is gone does not."""
         folder, _, name = file.rpartition("/")
         if folder not in self.names:
-            path = self.root / folder
-            self.names[folder] = set(os.listdir(path)) if path.is_dir() else set()
+            self.names[folder] = self._files(self.root / folder)
         return name in self.names[folder]
+
+    def _files(self, path):
+        with reading("the folder", path):
+            try:
+                with os.scandir(path) as entries:
+                    return {entry.name for entry in entries if _is_file(entry)}
+            except (FileNotFoundError, NotADirectoryError):
+                return set()
+
+
+def _is_file(entry):
+    try:
+        return entry.is_file()
+    except OSError:  # a link to where one may not look, or to itself
+        return False
 
 
 def _find_root(root):
-    for candidate in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
-        if (candidate / "JPEGImages").is_dir():
-            return candidate
+    with reading("the data root", root):
+        for candidate in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+            with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+                if stat.S_ISDIR(os.stat(candidate / "JPEGImages").st_mode):
+                    return candidate
     what = "has no JPEGImages folder" if root.is_dir() else "does not exist"
     raise UserError(
         f"data root {root} {what}: give the VOC2012 folder or the VOCdevkit above it (--data_root)"
@@ -151,9 +268,11 @@ def _fingerprint(images):
     """Place, names, sizes and times of the files."""
     digest = hashlib.sha256(f"2 {images.images[0].parent.resolve()}".encode())
     for image, label in zip(images.images, images.labels, strict=True):
-        status = os.stat(image), os.stat(label)
         digest.update(f"{image.name} {label.parent.name}/{label.name}".encode())
-        digest.update(b"".join(b" %d %d" % (s.st_size, s.st_mtime_ns) for s in status))
+        for path in (image, label):
+            with reading("the file", path):
+                status = os.stat(path)
+            digest.update(b" %d %d" % (status.st_size, status.st_mtime_ns))
     return digest.hexdigest()
 
 
@@ -179,15 +298,18 @@ class _Scanner(Dataset):
         return len(self.images.ids)
 
     def __getitem__(self, i):
-        with open_image(self.images.images[i]) as image:
+        photograph, path = self.images.images[i], self.images.labels[i]
+        with reading("the image", photograph), Image.open(photograph) as image:
             size = image.size
-        label = read_label(self.images.labels[i])
+        with reading("the label", path), Image.open(path) as image:
+            label = _class_ids(image, path)
+            counts = scan_label(label, path)
         if label.shape != size[::-1]:
             raise UserError(
-                f"{self.images.images[i]} is {size[0]}x{size[1]} but its label "
-                f"{self.images.labels[i]} is {label.shape[1]}x{label.shape[0]}"
+                f"{photograph} is {size[0]}x{size[1]} but its label {path} is "
+                f"{label.shape[1]}x{label.shape[0]}"
             )
-        return scan_label(label, self.images.labels[i])
+        return counts
 
 
 def _scan(images, workers):
@@ -214,34 +336,25 @@ def scan_label(label: np.ndarray, path: Path) -> np.ndarray:
     return np.stack([pixels[: NUM_CLASSES + 1], regions])
 
 
-def open_image(path: Path) -> Image.Image:
-    """An image file, opened but not decoded; UserError if it is no image."""
-    try:
-        return Image.open(path)
-    except OSError as error:
-        raise UserError(f"cannot read the image {path}: {error}") from None
-
-
 def read_image(path: Path) -> torch.Tensor:
-    """A photograph: uint8 [3, H, W], channels last in memory."""
-    with open_image(path) as image:
-        try:
-            pixels = np.array(image.convert("RGB"))
-        except OSError as error:
-            raise UserError(f"cannot read the image {path}: {error}") from None
+    """A photograph: uint8 [3, H, W], channels last in memory; UserError if it cannot be read."""
+    with reading("the image", path), Image.open(path) as image:
+        pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def read_label(path: Path) -> np.ndarray:
     """A label map of VOC classes: uint8 [H, W]; UserError for a colour image or a damaged file."""
-    with open_image(path) as image:
-        if image.mode not in ("P", "L"):
-            colour = image.mode in ("RGB", "RGBA", "CMYK", "YCbCr")
-            kind = "a colour image" if colour else f"an image of mode {image.mode}"
-            raise UserError(
-                f"label {path} is {kind}; class ids are needed (palette or grey PNG, 0..20 and 255)"
-            )
-        try:
-            return np.array(image)
-        except (OSError, SyntaxError) as error:
-            raise UserError(f"cannot read the label {path}: {error}") from None
+    with reading("the label", path), Image.open(path) as image:
+        return _class_ids(image, path)
+
+
+def _class_ids(image, path):
+    """The pixels of an opened label."""
+    if image.mode not in ("P", "L"):
+        colour = image.mode in ("RGB", "RGBA", "CMYK", "YCbCr")
+        kind = "a colour image" if colour else f"an image of mode {image.mode}"
+        raise UserError(
+            f"label {path} is {kind}; class ids are needed (palette or grey PNG, 0..20 and 255)"
+        )
+    return np.array(image)

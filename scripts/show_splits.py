@@ -16,14 +16,20 @@ from utils.errors import UserError, exit_with
 SPLITS = {"train": "train", "val": "val", "test": "val"}  # split -> the list it is chosen from
 
 
-def read_splits(root: str | Path, task: Task, cache_dir: str | Path | None = None) -> list[dict]:
+def read_splits(
+    root: str | Path,
+    task: Task,
+    cache_dir: str | Path | None = None,
+    allow_val_in_train: bool = False,
+) -> list[dict]:
     """Per step: `step`, `classes` (VOC numbers), ids of `train`, `val` and `test`, and `shown`.
 
     `shown`: class -> number of the step's training images that show it.
-    Raises UserError for a data root that cannot be read.
+    Raises UserError for a data root that cannot be read, and for images of val in train unless
+    allow_val_in_train.
     """
     voc = VOC2012(root, cache_dir)
-    lists = {name: voc.read_list(name) for name in ("train", "val")}
+    lists = voc.read_lists(allow_val_in_train)
     present = {name: voc.index(images, cores()).present for name, images in lists.items()}
     steps = []
     for step, classes in enumerate(task.steps):
@@ -68,11 +74,14 @@ def main(argv: list[str] | None = None) -> int:
         "--task_setting", default=default.task.setting, help=f"{', '.join(SETTINGS)} (%(default)s)"
     )
     parser.add_argument("--idxs_path", help="folder of the label index (inside the data root)")
+    parser.add_argument(
+        "--allow_val_in_train", choices=("on", "off"), default="off", help="images in both lists (off)"
+    )
     parser.add_argument("--json", action="store_true", help="all image ids, as JSON")
     args = parser.parse_args(argv)
     try:
         task = get_task(args.task_name, args.task_setting)
-        steps = read_splits(args.data_root, task, args.idxs_path)
+        steps = read_splits(args.data_root, task, args.idxs_path, args.allow_val_in_train == "on")
     except UserError as error:
         exit_with(error)
     print((format_json if args.json else format_table)(task, steps))

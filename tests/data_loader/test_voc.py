@@ -1,5 +1,7 @@
 """The VOC folder: lists, files, and the label index against a plain flood fill."""
 
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +48,19 @@ def label_files(root: Path, name: str) -> list[Path]:
 
 def save_label(path: Path, label: np.ndarray) -> None:
     Image.fromarray(label.astype(np.uint8)).save(path)
+
+
+def png(width: int, depth: int, rows: list[bytes], palette: bytes | None = None) -> bytes:
+    """A PNG of grey values, or of palette indices, with `depth` bits for each pixel."""
+
+    def chunk(kind, data):
+        crc = struct.pack(">I", zlib.crc32(kind + data))
+        return struct.pack(">I", len(data)) + kind + data + crc
+
+    header = struct.pack(">IIBB", width, len(rows), depth, 0 if palette is None else 3) + bytes(3)
+    colours = chunk(b"PLTE", palette) if palette else b""
+    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows)))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + colours + pixels + chunk(b"IEND", b"")
 
 
 LABELS = arrays(
@@ -281,15 +296,38 @@ class TestFiles:
         with pytest.raises(UserError, match=f"cannot read the image {path}"):
             read_image(path)
 
-    def test_grey_and_palette_labels_read_the_same(self, tmp_path):
-        label = np.array([[0, 1, 20], [255, 2, 3]], np.uint8)
-        grey, palette = tmp_path / "grey.png", tmp_path / "palette.png"
-        save_label(grey, label)
-        coloured = Image.fromarray(label)
-        coloured.putpalette([i * 7 % 256 for i in range(768)])
-        coloured.save(palette)
-        assert np.array_equal(read_label(grey), label)
-        assert np.array_equal(read_label(palette), label)
+    @pytest.mark.parametrize("pixels", [400_000_000, 90_000 * 90_000])
+    def test_a_picture_above_pillows_limit_of_size(self, own_root, pixels):
+        path = label_files(own_root, "train_aug")[2]
+        path.write_bytes(png(pixels // 20_000, 8, [b""] * 20_000))
+        assert self.refusal(own_root).startswith(f"cannot read the label {path}: Image size (")
+
+    @pytest.mark.parametrize("kind", ["image", "label"])
+    @pytest.mark.parametrize("damage", ["gone", "folder", "forbidden", "short header", "no image"])
+    def test_a_file_that_cannot_be_read_in_training_is_one_line(
+        self, own_root, monkeypatch, kind, damage
+    ):
+        images = VOC2012(own_root).read_list("train")
+        path = {"image": images.images[0], "label": images.labels[0]}[kind]
+        data = path.read_bytes()
+        path.unlink()
+        if damage == "folder":
+            path.mkdir()
+        elif damage == "short header":
+            path.write_bytes(png(9, 8, [bytes(9)])[:21])
+        elif damage == "no image":
+            path.write_bytes(data[::-1])
+        elif damage == "forbidden":
+
+            def forbid(path):
+                raise PermissionError(13, "Permission denied", str(path))
+
+            monkeypatch.setattr(voc.Image, "open", forbid)
+        with pytest.raises(UserError) as refused:
+            {"image": read_image, "label": read_label}[kind](path)
+        message = str(refused.value)
+        assert message.startswith(f"cannot read the {kind} {path}: ") and "\n" not in message
+        assert message.count(str(path)) == 1
 
     def test_grey_photograph_has_three_channels(self, tmp_path):
         pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
