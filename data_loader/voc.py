@@ -18,18 +18,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data_loader.tasks import NUM_CLASSES
+from data_loader.tasks import CLASS_NAMES, NUM_CLASSES
 from utils.errors import UserError
 from utils.logging import log
-from utils.visualize import VOID
+from utils.visualize import VOID, voc_palette
 
 LABEL_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
 LISTS = {"train": "train_aug.txt", "val": "val.txt"}
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change a class id
+VOC_COLOURS = voc_palette()[[*range(NUM_CLASSES + 1), VOID]].astype(int)  # of the classes and void
+PHOTOGRAPH_MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA", "PA")  # 8 bits or less
 
 
 @contextlib.contextmanager
@@ -300,13 +303,17 @@ class _Scanner(Dataset):
     def __getitem__(self, i):
         photograph, path = self.images.images[i], self.images.labels[i]
         with reading("the image", photograph), Image.open(photograph) as image:
-            size = image.size
+            size, turned = image.size, orientation(image)
+            check_photograph(image, photograph)
         with reading("the label", path), Image.open(path) as image:
+            check_label(image, path)
             label = _class_ids(image, path)
             counts = scan_label(label, path)
+            check_palette(image, path)
         if label.shape != size[::-1]:
+            hint = f" (it is shown turned, by its EXIF orientation {turned})" if turned > 1 else ""
             raise UserError(
-                f"{photograph} is {size[0]}x{size[1]} but its label {path} is "
+                f"{photograph} is {size[0]}x{size[1]}{hint} but its label {path} is "
                 f"{label.shape[1]}x{label.shape[0]}"
             )
         return counts
@@ -336,6 +343,81 @@ def scan_label(label: np.ndarray, path: Path) -> np.ndarray:
     return np.stack([pixels[: NUM_CLASSES + 1], regions])
 
 
+def orientation(image: Image.Image) -> int:
+    """How an opened photograph is to be turned when it is shown: EXIF's 1 (as stored) to 8."""
+    stored = "exif" in image.info  # asking a PNG without it would decode the picture
+    turned = image.getexif().get(ExifTags.Base.Orientation, 1) if stored else 1
+    return turned if turned in range(1, 9) else 1
+
+
+def check_photograph(image: Image.Image, path: Path) -> None:
+    """Refuse an opened photograph whose pixels, as read_image reads them, are not what one sees.
+
+    Pillow would cut 16-bit values off at 255 and show the colours that lie under transparent pixels.
+    A photograph that viewers turn has a label for its pixels as stored or as shown: where the two have
+    the same size, nobody can tell.
+    """
+    turned = orientation(image)
+    if image.mode not in PHOTOGRAPH_MODES:
+        wrong = f"has pixels of mode {image.mode}: save it with 8 bits a channel, in RGB or grey"
+    elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a JPEG and its previews
+        wrong = f"holds {image.n_frames} pictures: save the one that its label belongs to"
+    elif turned in (2, 3, 4) or (turned > 4 and image.width == image.height):
+        wrong = (
+            f"is shown turned or mirrored (EXIF orientation {turned}), and its label may be for either "
+            "form: turn its pixels if the label is as shown, and take the EXIF data out"
+        )
+    elif image.has_transparency_data and image.convert("RGBA").getextrema()[3][0] < 255:
+        wrong = "has transparent pixels: save it without"
+    else:
+        return
+    raise UserError(f"the image {path} {wrong}")
+
+
+def check_label(image: Image.Image, path: Path) -> None:
+    """Refuse an opened label in a format whose values, as read_label reads them, may be no ids."""
+    depth = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if image.format in LOSSY:
+        wrong = f"is a {image.format} file, which does not keep class ids as they are: save it as PNG"
+    elif depth in ("1", "L;2", "L;4"):
+        wrong = "has less than 8 bits of grey, which are shades and no class ids: save it with 8 bits"
+    elif getattr(image, "n_frames", 1) > 1:
+        wrong = f"holds {image.n_frames} pictures: save the one that belongs to its image"
+    else:
+        return
+    raise UserError(f"the label {path} {wrong}")
+
+
+def check_palette(image: Image.Image, path: Path) -> None:
+    """Refuse a palette label whose colours say other classes than its ids.
+
+    A tool that saves a label anew may renumber its colours: the picture looks the same, and every class
+    is wrong. The colours of the ids that occur must be VOC's, or grey levels equal to the ids; a grey
+    ramp of all classes and a label without colours are fine as well. Void may have any colour but that
+    of a class: it is often white or black.
+    """
+    palette = np.array(image.getpalette() if image.mode == "P" else [], dtype=int).reshape(-1, 3)
+    count = len(palette)
+    ramp = palette[: NUM_CLASSES + 1]
+    rises = len(ramp) > NUM_CLASSES and (np.diff(ramp[:, 0]) > 0).all()
+    if not count or (rises and (ramp == ramp[:, :1]).all()):
+        return
+    for value in np.flatnonzero(image.histogram()):
+        colour = palette[value] if value < count else np.full(3, -255)
+        meant = np.flatnonzero((abs(VOC_COLOURS - colour) <= 8).all(axis=1))  # tools round differently
+        if value == VOID:
+            fits = not any(0 < c <= NUM_CLASSES for c in meant)
+        else:
+            fits = value in meant or (colour == value).all()
+        if not fits:
+            shown = f"the colour ({', '.join(map(str, colour))})" if value < count else "no colour"
+            name = (*CLASS_NAMES, "void")[meant[0]] if len(meant) else "no class"
+            raise UserError(
+                f"the label {path} gives class id {value} {shown}, which means {name} in VOC: a tool "
+                "has renumbered it. Use the original file, or save it in grey if the ids are right"
+            )
+
+
 def read_image(path: Path) -> torch.Tensor:
     """A photograph: uint8 [3, H, W], channels last in memory; UserError if it cannot be read."""
     with reading("the image", path), Image.open(path) as image:
@@ -344,7 +426,10 @@ def read_image(path: Path) -> torch.Tensor:
 
 
 def read_label(path: Path) -> np.ndarray:
-    """A label map of VOC classes: uint8 [H, W]; UserError for a colour image or a damaged file."""
+    """A label map of VOC classes: uint8 [H, W]; UserError for a colour image or a damaged file.
+
+    What is wrong with its ids or colours was found when the label index was built (check_palette).
+    """
     with reading("the label", path), Image.open(path) as image:
         return _class_ids(image, path)
 

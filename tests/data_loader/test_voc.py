@@ -12,8 +12,9 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from data_loader import voc
-from data_loader.voc import VOC2012, read_image, read_label, scan_label
+from data_loader.voc import VOC2012, check_photograph, read_image, read_label, scan_label
 from utils.errors import UserError
+from utils.visualize import voc_palette
 
 
 def count_by_hand(label: np.ndarray) -> tuple[list[int], list[int]]:
@@ -329,9 +330,265 @@ class TestFiles:
         assert message.startswith(f"cannot read the {kind} {path}: ") and "\n" not in message
         assert message.count(str(path)) == 1
 
-    def test_grey_photograph_has_three_channels(self, tmp_path):
-        pixels = np.arange(64, dtype=np.uint8).reshape(8, 8)
-        Image.fromarray(pixels).save(tmp_path / "grey.png")
-        image = read_image(tmp_path / "grey.png")
-        assert image.shape == (3, 8, 8)
-        assert all(np.array_equal(channel.numpy(), pixels) for channel in image)
+
+def palette(**changes: tuple[int, int, int]) -> np.ndarray:
+    """VOC's palette with other colours for some ids (id_3=(1, 2, 3))."""
+    colours = voc_palette()
+    for name, colour in changes.items():
+        colours[int(name[3:])] = colour
+    return colours
+
+
+class TestLabelFormats:
+    """Forms in which one label map may come: read as it is, or refused when the index is built."""
+
+    LABEL = np.zeros((48, 64), np.uint8)
+    LABEL[4:20, 5:30], LABEL[24:40, 5:30], LABEL[24:40, 40:60], LABEL[:3] = 1, 15, 20, 255
+
+    def scan(self, root, write):
+        """Write the label with write(path) and build the index; the label's path."""
+        data = VOC2012(root)
+        images = data.read_list("val")
+        path = images.labels[5]
+        Image.new("RGB", self.LABEL.shape[::-1]).save(images.images[5])
+        write(path)
+        index = data.index(images)
+        assert index.pixels[5].tolist() == count_by_hand(self.LABEL)[0]
+        assert np.array_equal(read_label(path), self.LABEL)
+        return path
+
+    def refusal(self, root, write):
+        with pytest.raises(UserError) as refused:
+            self.scan(root, write)
+        message = str(refused.value)
+        assert "\n" not in message and VOC2012(root).read_list("val").labels[5].name in message
+        return message
+
+    def coloured(self, colours):
+        """The label with a palette: uint8 [n, 3]."""
+        image = Image.fromarray(self.LABEL)
+        image.putpalette(np.asarray(colours, np.uint8).ravel().tolist())
+        return image
+
+    @pytest.mark.parametrize(
+        "colours",
+        {
+            "voc": voc_palette(),
+            "rounded": np.maximum(voc_palette(), 1) - 1,
+            "void is white": palette(id_255=(255, 255, 255)),
+            "void is black": palette(id_255=(0, 0, 0)),
+            "void has no colour": voc_palette()[:21],
+            "classes that do not occur": palette(id_2=(9, 9, 200), id_3=(0, 128, 0)),
+            "grey": np.arange(256)[:, None].repeat(3, 1),
+            "grey ramp": (np.arange(21) * 255 // 20)[:, None].repeat(3, 1),
+        }.items(),
+        ids=lambda item: item[0],
+    )
+    def test_palettes_that_mean_the_ids(self, own_root, colours):
+        self.scan(own_root, self.coloured(colours[1]).save)
+
+    def test_grey_and_palette_without_colours(self, own_root):
+        self.scan(own_root, Image.fromarray(self.LABEL).save)
+        rows = [row.tobytes() for row in self.LABEL]
+        self.scan(own_root, lambda path: path.write_bytes(png(64, 8, rows, b"")))
+
+    @pytest.mark.parametrize(
+        "tool",
+        [
+            lambda image: image.convert("RGB").quantize(256),
+            lambda image: image.convert("RGB").quantize(8),
+            lambda image: image.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE),
+            lambda image: image.remap_palette([0, 15, 1, 20, 255]),
+        ],
+    )
+    def test_a_palette_that_an_image_tool_renumbered(self, own_root, tool):
+        def write(path):
+            image = self.coloured(voc_palette())
+            again = tool(image)
+            assert np.array_equal(np.array(again.convert("RGB")), np.array(image.convert("RGB")))
+            again.save(path)
+
+        assert "a tool has renumbered it" in self.refusal(own_root, write)
+
+    def test_a_grey_label_that_an_image_tool_made_a_palette_of(self, own_root):
+        write = Image.fromarray(self.LABEL).quantize().save
+        assert "a tool has renumbered it" in self.refusal(own_root, write)
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"id_15": (0, 128, 0)}, "class id 15 the colour (0, 128, 0), which means bicycle in VOC"),
+            ({"id_15": (1, 2, 200)}, "class id 15 the colour (1, 2, 200), which means no class"),
+            ({"id_0": (224, 224, 192)}, "class id 0 the colour (224, 224, 192), which means void"),
+            ({"id_255": (192, 128, 128)}, "id 255 the colour (192, 128, 128), which means person"),
+            ({"id_15": (1, 1, 1)}, "class id 15 the colour (1, 1, 1), which means background"),
+        ],
+    )
+    def test_the_contradiction_is_named(self, own_root, changes, words):
+        assert words in self.refusal(own_root, self.coloured(palette(**changes)).save)
+
+    def test_a_class_without_a_colour(self, own_root):
+        message = self.refusal(own_root, self.coloured(voc_palette()[:18]).save)
+        assert "class id 20 no colour" in message
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "I;16", "1", "PA"])
+    def test_pixels_that_are_no_ids(self, own_root, mode):
+        image = Image.fromarray(self.LABEL)
+        if mode == "I;16":
+            image = Image.fromarray(self.LABEL.astype(np.uint16))
+        elif mode != "PA":
+            image = image.convert(mode)
+        else:
+            image = image.convert("P").convert("PA")
+
+        def write(path):
+            image.save(path, "TIFF" if mode == "PA" else "PNG")
+
+        self.refusal(own_root, write)
+
+    @pytest.mark.parametrize("depth", [1, 2, 4])
+    def test_grey_of_less_than_8_bits_is_shades(self, own_root, depth):
+        data = png(64, depth, [b"\x01" * (64 * depth // 8)] * 48)
+        message = self.refusal(own_root, lambda path: path.write_bytes(data))
+        assert "less than 8 bits of grey" in message
+
+    @pytest.mark.parametrize("bits", [1, 2, 4])
+    def test_palette_indices_of_less_than_8_bits_are_ids(self, own_root, bits):
+        path = label_files(own_root, "val")[5]
+        label = np.array(Image.open(path)) % 2
+        image = Image.fromarray(label)
+        image.putpalette(voc_palette()[: 2**bits].ravel().tolist())
+        image.save(path, bits=bits)
+        data = VOC2012(own_root)
+        pixels = data.index(data.read_list("val")).pixels[5]
+        assert pixels[:2].tolist() == np.bincount(label.ravel(), minlength=2).tolist()
+
+    @pytest.mark.parametrize("kind", ["JPEG", "MPO", "JPEG2000"])
+    def test_a_format_that_changes_pixels(self, own_root, kind):
+        def write(path):
+            Image.fromarray(self.LABEL).save(path, kind)
+
+        assert "does not keep class ids" in self.refusal(own_root, write)
+
+    def test_several_pictures_in_one_label(self, own_root):
+        def write(path):
+            images = [Image.fromarray(self.LABEL), Image.fromarray(self.LABEL // 2)]
+            images[0].save(path, save_all=True, append_images=images[1:])
+
+        assert "holds 2 pictures" in self.refusal(own_root, write)
+
+
+class TestPhotographFormats:
+    """Forms in which a photograph may come: read as one sees it, or refused for the index."""
+
+    PICTURE = np.random.default_rng(1).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+
+    def read(self, path):
+        """The pixels uint8 [H, W, 3] of a photograph that is not refused."""
+        with Image.open(path) as image:
+            check_photograph(image, path)
+        return read_image(path).permute(1, 2, 0).numpy()
+
+    def refusal(self, path):
+        with pytest.raises(UserError) as refused:
+            self.read(path)
+        assert "\n" not in str(refused.value) and str(refused.value).startswith(f"the image {path} ")
+        return str(refused.value)
+
+    @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+    def test_colours_are_read_as_they_are(self, tmp_path, mode):
+        image = Image.fromarray(self.PICTURE)
+        image = image.quantize(256) if mode == "P" else image.convert(mode)
+        image.save(tmp_path / "x.png")
+        seen = np.array(image.convert("RGB"))
+        assert np.array_equal(self.read(tmp_path / "x.png"), seen)
+        assert mode == "P" or np.array_equal(seen, self.PICTURE)
+
+    @pytest.mark.parametrize("mode", ["L", "LA", "1"])
+    def test_grey_has_three_equal_channels(self, tmp_path, mode):
+        grey = self.PICTURE[..., 0]
+        image = Image.fromarray(grey > 99) if mode == "1" else Image.fromarray(grey).convert(mode)
+        image.save(tmp_path / "x.png")
+        expected = np.where(grey > 99, 255, 0) if mode == "1" else grey
+        assert np.array_equal(self.read(tmp_path / "x.png"), expected[..., None].repeat(3, 2))
+
+    def test_cmyk_of_printers_is_seen_in_its_colours(self, tmp_path):
+        smooth = np.full((16, 16, 3), (200, 60, 20), np.uint8)
+        Image.fromarray(smooth).convert("CMYK").save(tmp_path / "x.jpg", quality=95)
+        assert abs(self.read(tmp_path / "x.jpg").astype(int) - smooth).max() < 12
+
+    def test_a_jpeg_with_previews_is_its_first_picture(self, tmp_path):
+        first, second = (Image.fromarray(p) for p in (self.PICTURE // 2, self.PICTURE))
+        first.save(tmp_path / "x.jpg", "MPO", save_all=True, append_images=[second])
+        first.save(tmp_path / "alone.jpg")
+        assert np.array_equal(self.read(tmp_path / "x.jpg"), self.read(tmp_path / "alone.jpg"))
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_16_bits_of_grey(self, tmp_path, kind):
+        path = tmp_path / "x.img"
+        Image.fromarray(self.PICTURE[..., 0].astype(np.uint16) * 257).save(path, kind)
+        assert "has pixels of mode I;16" in self.refusal(path)
+
+    @pytest.mark.parametrize("dtype", [np.int32, np.float32])
+    def test_numbers_of_32_bits(self, tmp_path, dtype):
+        Image.fromarray(self.PICTURE[..., 0].astype(dtype)).save(tmp_path / "x.tif")
+        assert "has pixels of mode" in self.refusal(tmp_path / "x.tif")
+
+    @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+    def test_transparent_pixels(self, tmp_path, mode):
+        image = Image.fromarray(self.PICTURE)
+        if mode == "P":
+            image.quantize(16).save(tmp_path / "x.png", transparency=3)
+        else:
+            image = image.convert(mode)
+            image.putalpha(Image.fromarray(self.PICTURE[..., 0]))
+            image.save(tmp_path / "x.png")
+        assert "has transparent pixels" in self.refusal(tmp_path / "x.png")
+
+    def test_several_pictures(self, tmp_path):
+        images = [Image.fromarray(self.PICTURE), Image.fromarray(self.PICTURE // 2)]
+        images[0].save(tmp_path / "x.png", save_all=True, append_images=images[1:])
+        assert "holds 2 pictures" in self.refusal(tmp_path / "x.png")
+
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+    @pytest.mark.parametrize(
+        ("turned", "shape", "fits"),
+        [
+            (1, (6, 9), True),
+            (3, (6, 9), False),
+            (6, (6, 9), True),
+            (6, (6, 6), False),
+            (0, (6, 6), True),
+        ],
+    )
+    def test_exif_that_turns_it_where_its_label_fits_both_ways(
+        self, tmp_path, kind, turned, shape, fits
+    ):
+        image = Image.fromarray(self.PICTURE[: shape[0], : shape[1]])
+        exif = image.getexif()
+        exif[0x0112] = turned
+        image.save(tmp_path / "x.img", kind, exif=exif)
+        if fits:
+            assert self.read(tmp_path / "x.img").shape[:2] == shape
+        else:
+            assert f"(EXIF orientation {turned})" in self.refusal(tmp_path / "x.img")
+
+    def test_a_label_that_was_drawn_on_the_turned_photograph(self, own_root):
+        images = VOC2012(own_root).read_list("val")
+        image = Image.new("RGB", (40, 30))
+        exif = image.getexif()
+        exif[0x0112] = 8
+        image.save(images.images[2], exif=exif)
+        save_label(images.labels[2], np.zeros((40, 30)))
+        with pytest.raises(
+            UserError, match=r"is 40x30 \(it is shown turned, .*8\) but its label .* 30x40"
+        ):
+            VOC2012(own_root).index(images)
+
+    @pytest.mark.parametrize(
+        "junk", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff1"]
+    )
+    @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+    def test_damaged_exif_does_no_harm(self, tmp_path, junk):
+        Image.fromarray(self.PICTURE).save(tmp_path / "x.jpg", exif=junk)
+        assert self.read(tmp_path / "x.jpg").shape == (6, 9, 3)
