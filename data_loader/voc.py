@@ -12,6 +12,7 @@ import io
 import os
 import posixpath
 import stat
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,8 +164,9 @@ class VOC2012:
         cached = self.cache_dir / f"{images.name}.npz"
         try:
             with np.load(io.BytesIO(cached.read_bytes())) as stored:
-                if str(stored["key"]) == key:
-                    return LabelIndex(stored["pixels"], stored["regions"])
+                index = LabelIndex(stored["pixels"], stored["regions"])
+                if str(stored["digest"]) == _digest(key, index):
+                    return index
         except Exception:  # no cache, or a damaged one, which raises many kinds: build it anew
             pass
         index = _scan(images, workers)
@@ -268,27 +270,46 @@ def _find_root(root):
 
 
 def _fingerprint(images):
-    """Place, names, sizes and times of the files."""
-    digest = hashlib.sha256(f"2 {images.images[0].parent.resolve()}".encode())
+    """Place, names, sizes and times of the files.
+
+    st_ctime, the time at which a file's content or attributes changed, cannot be set back as st_mtime
+    can, so that a label that was exchanged is noticed even where size and st_mtime are as before.
+    """
+    digest = hashlib.sha256(f"3 {images.images[0].parent.resolve()}".encode())
     for image, label in zip(images.images, images.labels, strict=True):
         digest.update(f"{image.name} {label.parent.name}/{label.name}".encode())
         for path in (image, label):
             with reading("the file", path):
                 status = os.stat(path)
-            digest.update(b" %d %d" % (status.st_size, status.st_mtime_ns))
+            times = (status.st_mtime_ns, status.st_ctime_ns)
+            digest.update(b" %d %d %d" % (status.st_size, *times))
+    return digest.hexdigest()
+
+
+def _digest(key, index):
+    """A digest of an index and of the fingerprint of the files that it was made from."""
+    digest = hashlib.sha256(key.encode())
+    for array in (index.pixels, index.regions):
+        digest.update(f" {array.dtype.str} {array.shape} ".encode())
+        digest.update(np.ascontiguousarray(array))
     return digest.hexdigest()
 
 
 def _store(path, key, index):
-    temporary = path.with_name(f"{path.name}.{os.getpid()}")
+    """Write the cache whole, under a name of its own first: others may build the same at this time."""
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            np.savez_compressed(file, key=key, pixels=index.pixels, regions=index.regions)
+            digest = _digest(key, index)
+            np.savez_compressed(file, digest=digest, pixels=index.pixels, regions=index.regions)
         os.replace(temporary, path)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a path with a character that none may have
+        with contextlib.suppress(OSError, ValueError):
+            temporary.unlink()
+        reason = getattr(error, "strerror", error)
         log.warning(
-            f"cannot cache the label index in {path.parent} ({error.strerror}): name a folder for it "
+            f"cannot cache the label index in {path.parent} ({reason}): name a folder for it "
             "in data_loader.args.task.idxs_path"
         )
 

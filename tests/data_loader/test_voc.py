@@ -1,6 +1,9 @@
 """The VOC folder: lists, files, and the label index against a plain flood fill."""
 
+import os
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from PIL import Image
 
 from data_loader import voc
 from data_loader.voc import VOC2012, check_photograph, read_image, read_label, scan_label
+from tests.helpers import PROJECT
 from utils.errors import UserError
 from utils.visualize import voc_palette
 
@@ -135,6 +139,19 @@ class TestCache:
         assert after.pixels[4].tolist() == count_by_hand(label)[0]
         assert np.array_equal(np.delete(after.pixels, 4, 0), np.delete(before.pixels, 4, 0))
 
+    def test_label_changed_in_nothing_but_its_pixels_is_scanned_again(self, own_root):
+        path = label_files(own_root, "val")[4]
+        label = np.array(Image.open(path))
+        label[:] = 1
+        Image.fromarray(label).save(path, compress_level=0)
+        times = os.stat(path)
+        assert self.read(own_root).pixels[4, 1] == label.size
+        label[:] = 2
+        Image.fromarray(label).save(path, compress_level=0)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+        assert (os.stat(path).st_size, os.stat(path).st_mtime_ns) == (times.st_size, times.st_mtime_ns)
+        assert self.read(own_root).pixels[4, 2] == label.size
+
     def test_changed_list_is_scanned_again(self, own_root):
         path = own_root / "ImageSets/Segmentation/val.txt"
         before = self.read(own_root)
@@ -165,6 +182,61 @@ class TestCache:
             }[damage]
         )  # fmt: skip
         assert np.array_equal(self.read(own_root).pixels, before.pixels)
+
+    @pytest.mark.parametrize("name", ["pixels", "regions", "digest"])
+    def test_forged_cache_is_built_anew(self, own_root, name):
+        before = self.read(own_root)
+        path = own_root / "label_index" / "val.npz"
+        with np.load(path) as stored:
+            content = dict(stored)
+        if name == "digest":
+            content["pixels"] = content["pixels"][::-1]
+            content["digest"] = np.array("0" * 64)
+        else:
+            content[name][2, 3] += 1
+        np.savez_compressed(path, **content)
+        after = self.read(own_root)
+        assert np.array_equal(after.pixels, before.pixels)
+        assert np.array_equal(after.regions, before.regions)
+
+    def test_one_that_is_built_while_another_is_stored_does_not_disturb_it(self, own_root, monkeypatch):
+        replace, waiting = os.replace, [True]
+
+        def build_another_first(source, target):
+            if waiting:
+                waiting.clear()
+                self.read(own_root)
+            replace(source, target)
+
+        monkeypatch.setattr(voc.os, "replace", build_another_first)
+        index = self.read(own_root)
+        assert [path.name for path in (own_root / "label_index").iterdir()] == ["val.npz"]
+        assert np.array_equal(index.pixels, self.read(own_root).pixels)
+
+    def test_two_processes_build_one_index_at_the_same_time(self, own_root, no_scan):
+        script = [sys.executable, "scripts/show_splits.py", "--data_root", str(own_root), "--json"]
+        both = [
+            subprocess.Popen(script, cwd=PROJECT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(2)
+        ]
+        outputs = [process.communicate(timeout=300)[0] for process in both]
+        assert [process.returncode for process in both] == [0, 0]
+        assert outputs[0] == outputs[1] and outputs[0]
+        files = sorted(path.name for path in (own_root / "label_index").iterdir())
+        assert files == ["train.npz", "val.npz"]
+        no_scan()
+        self.read(own_root)
+
+    def test_a_disk_that_is_full_only_warns_and_leaves_nothing(self, own_root, monkeypatch):
+        def full(*_, **__):
+            raise OSError(28, "No space left on device")
+
+        warnings = []
+        monkeypatch.setattr(voc.log, "warning", warnings.append)
+        monkeypatch.setattr(voc.np, "savez_compressed", full)
+        assert len(self.read(own_root).pixels) == 20
+        assert len(warnings) == 1 and "No space left on device" in warnings[0]
+        assert not list((own_root / "label_index").iterdir())
 
     def test_unwritable_cache_folder_only_warns(self, own_root, tmp_path, monkeypatch):
         warnings = []
