@@ -137,6 +137,7 @@ class StepData:
         counts = ", ".join(f"{folder} ({count})" for folder, count in folders.items())
         log.info(f"labels of the validation images: {counts}")
         self._describe_other_labels()
+        self._describe_lacking_classes()
 
     def _describe_other_labels(self):
         """Warn of validation images whose labels in the two label folders differ."""
@@ -154,6 +155,26 @@ class StepData:
                     f"label folder, {ids[differs[0]]} first: "
                     f"{val.labels[row[ids[differs[0]]]].parent} is used"
                 )
+
+    def _describe_lacking_classes(self):
+        """Warn of classes that this step cannot learn, or that its test cannot show."""
+        lacking = self._without_image("train", self.task.steps[self.step])
+        if lacking:
+            log.warning(
+                f"no training image of step {self.step} shows {lacking}: the model cannot learn what "
+                "it never sees"
+            )
+        lacking = self._without_image("test", self.task.seen(self.step))
+        if lacking:
+            log.warning(
+                f"no test image shows {lacking}: an IoU of 0 is no error of the model there, "
+                "and the means count it"
+            )
+
+    def _without_image(self, split, classes):
+        """Names of those of the classes that no image of a split of this step shows."""
+        shown = self._index(split).present[self.select(split)].any(axis=0)
+        return ", ".join(CLASS_NAMES[c] for c in classes if not shown[c])
 
     @property
     def classes(self) -> list[int]:

@@ -1,8 +1,9 @@
-"""Lists as people and tools write them, images in both lists, and files that are not there."""
+"""Lists as people and tools write them, images in both lists, and what a step lacks."""
 
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -188,6 +189,29 @@ class TestDescription:
         data.lists["train"].ids[0] = "no_id_of_voc"
         data.describe()
         assert not [line for _, line in logged if "VOC 2012 with SBD" in line]
+
+    @staticmethod
+    def erase(root, list_name, *classes):
+        """Make some classes background in all labels of a list."""
+        for line in list_file(root, list_name).read_text().splitlines():
+            path = root / line.split()[1].lstrip("/")
+            label = np.array(Image.open(path))
+            label[np.isin(label, classes)] = 0
+            Image.fromarray(label).save(path)
+
+    def test_classes_of_the_step_without_a_training_image(self, own_root, tmp_path, logged):
+        self.erase(own_root, "train_aug", 7, 8, 12)
+        StepData(small_config(own_root, tmp_path, task_step=1)).describe()
+        warnings = [line for level, line in logged if level == "warning"]
+        assert len(warnings) == 1
+        assert warnings[0].startswith("no training image of step 1 shows car, cat: ")
+
+    def test_classes_that_the_test_cannot_show(self, own_root, tmp_path, logged):
+        self.erase(own_root, "val", 2, 6, 12)
+        StepData(small_config(own_root, tmp_path, task_step=1)).describe()
+        warnings = [line for level, line in logged if level == "warning"]
+        assert len(warnings) == 1
+        assert warnings[0].startswith("no test image shows bicycle, bus: an IoU of 0 is no error")
 
     def test_a_label_that_is_not_used_stops_nothing(self, own_root, tmp_path, logged):
         name = VOC2012(own_root).read_list("val").labels[3].name
