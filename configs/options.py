@@ -49,6 +49,15 @@ def _no_folder_name(name):
         return "it must be printable, in one line"
 
 
+def _no_path(path):
+    if not path.isprintable():
+        return "a path must be printable, in one line"
+    try:
+        Path(path).expanduser()
+    except RuntimeError:
+        return "there is no such user, whose home it could begin with"
+
+
 def _no_devices(text):
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() for part in parts):
@@ -157,7 +166,11 @@ class MemoryArgs:
 @dataclass
 class DataArgs:
     data_root: str = option(
-        "data/VOC2012", "VOC2012 folder, or the VOCdevkit above it", "--data_root", incidental=True
+        "data/VOC2012",
+        "VOC2012 folder, or the VOCdevkit above it",
+        "--data_root",
+        complain=_no_path,
+        incidental=True,
     )
     allow_val_in_train: bool = option(
         False,
@@ -283,7 +296,9 @@ class LRScheduler:
 @dataclass
 class TrainerSection:
     epochs: int = option(60, "epochs", ("--epochs", "--ep"), low=1)
-    save_dir: str = option("_saved_voc", "folder of all outputs", "--save_dir", incidental=True)
+    save_dir: str = option(
+        "_saved_voc", "folder of all outputs", "--save_dir", complain=_no_path, incidental=True
+    )
     save_period: int = option(
         -1, "epochs between kept checkpoints, -1: the last only", low=-1, incidental=True
     )

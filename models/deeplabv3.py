@@ -151,5 +151,8 @@ def imagenet_weights(backbone: str, file: str | Path | None = None) -> dict[str,
     wrong = [k for k in wrong if not k.endswith("num_batches_tracked")]
     if wrong:
         raise UserError(f"{file} holds no weights of {backbone}: {wrong[0]} is missing or differs")
+    not_finite = [k for k, v in state.items() if not v.isfinite().all()]
+    if not_finite:
+        raise UserError(f"{file} holds weights that are not finite: {not_finite[0]}")
     counts = {k: torch.tensor(0) for k in shapes if k.endswith("num_batches_tracked")}
     return {**counts, **state}
