@@ -13,9 +13,10 @@ if [ $# -lt 2 ]; then
 fi
 TASK=$1 SETTING=$2
 shift 2
-cd "$(dirname "$0")/.."
+ROOT=$(cd "$(dirname "$0")/.." && pwd) # relative paths in the flags stay the caller's
 
 CONFIG=${CONFIG:-configs/config_voc.json}
+[ -f "$CONFIG" ] || CONFIG=$ROOT/$CONFIG
 EPOCH=${EPOCH:-60} MEMORY_SIZE=${MEMORY_SIZE:-100}
 INIT_LR=${INIT_LR:-0.001} LR=${LR:-0.0001} INIT_POSWEIGHT=${INIT_POSWEIGHT:-2}
 PYTHON=${PYTHON:-python}
@@ -24,15 +25,13 @@ LAUNCH=("$PYTHON")
 
 task=(-c "$CONFIG" --multiprocessing_distributed --task_name "$TASK" --task_setting "$SETTING"
     --epochs "$EPOCH" --mem_size "$MEMORY_SIZE")
-plan=$("$PYTHON" - "${task[@]}" "$@" <<'PYTHON'
+plan=$(PYTHONPATH=$ROOT "$PYTHON" - "${task[@]}" "$@" <<'PYTHON'
 import os
-import sys
 
 import torch
 
-sys.path.insert(0, ".")
-from data_loader.tasks import get_task
 from configs.options import parse_train
+from data_loader.tasks import get_task
 from utils.errors import UserError, exit_with
 
 config, _ = parse_train()
@@ -46,6 +45,10 @@ PYTHON
 )
 { read -r steps; read -r folder; read -r visible; read -r gpus; } <<<"$plan"
 [ "$visible" = all ] || export CUDA_VISIBLE_DEVICES=$visible  # -d holds for the evaluation as well
+if [ -z "${BS:-}" ] && [ $((32 % gpus)) -ne 0 ]; then
+    echo "error: $gpus GPUs cannot share the batch of 32 evenly: set BS, the images of each" >&2
+    exit 2
+fi
 BS=${BS:-$((32 / gpus))}
 
 resume=(--resume auto)
@@ -57,11 +60,11 @@ for ((step = 0; step < steps; step++)); do
     else
         own=(--lr "$LR" --freeze_bn)
     fi
-    "${LAUNCH[@]}" train_voc.py "${task[@]}" --bs "$BS" "${own[@]}" "$@" \
+    "${LAUNCH[@]}" "$ROOT/train_voc.py" "${task[@]}" --bs "$BS" "${own[@]}" "$@" \
         --task_step "$step" "${resume[@]}"
 done
 
 last=("$folder/step_$((steps - 1))"/checkpoint-epoch*.pth)
 checkpoint=$(printf '%s\n' "${last[@]}" | sort -V | tail -n 1)
-"${LAUNCH[@]}" eval_voc.py -r "$checkpoint"
-"$PYTHON" scripts/report.py "$folder"
+"${LAUNCH[@]}" "$ROOT/eval_voc.py" -r "$checkpoint"
+"$PYTHON" "$ROOT/scripts/report.py" "$folder"
