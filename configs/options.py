@@ -8,11 +8,33 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from utils.config import Parser, add_flags, apply_flags, option, read_json, section
+from utils.config import (
+    Parser,
+    add_flags,
+    apply_flags,
+    option,
+    options,
+    read_json,
+    section,
+    without_effect,
+)
 from utils.distributed import select_devices
 from utils.errors import UserError, exit_with
 from utils.metrics import METRICS
 
+# The options that an evaluation makes use of; all others were of interest to the training.
+EVALUATED = {
+    "data_loader.args.data_root",
+    "data_loader.args.num_workers",
+    "data_loader.args.task.name",
+    "data_loader.args.task.setting",
+    "data_loader.args.task.step",
+    "data_loader.args.train.args.transform_args.crop_size",  # and those of val and test by its flag
+    "data_loader.args.allow_val_in_train",
+    "arch.args.backbone",
+    "multiprocessing_distributed",
+    "dist_url",
+}
 DEFAULT_CONFIG = Path(__file__).resolve().parent / "config_voc.json"
 
 # Keys of configurations of DKD and EIR that are no options here. With None the key means nothing here
@@ -69,6 +91,31 @@ def _no_norm(kind):
         return "that needs the inplace_abn package, which is not used here: choose bn_sync or bn"
 
 
+# Whether a configuration makes use of an option, and when it does, in words. A flag that is given where
+# it is not used is a warning, since the same flags are often given for every step of a task.
+AT_STEP_0 = (lambda c: c.task.step == 0, "at step 0")
+AT_LATER_STEPS = (lambda c: c.task.step > 0, "at steps >= 1")
+WITH_MEMORY = (lambda c: c.task.step > 0 and c.data.memory.replay != "none", "where the step replays")
+WITH_PASTES = (lambda c: WITH_MEMORY[0](c) and c.data.memory.replay == "eir", "with --replay eir")
+WITH_PSEUDO_LABELS = (
+    lambda c: c.task.step > 0 and c.hyperparameter.pseudo_labels,
+    "at steps >= 1 with pseudo labels",
+)
+WITH_DISTILLATION = (
+    lambda c: c.task.step > 0 and c.hyperparameter.kd_mode != "none",
+    "at steps >= 1 with distillation",
+)
+WITH_RSKD = (lambda c: c.task.step > 0 and c.hyperparameter.kd_mode == "rskd", "with --kd_mode rskd")
+WITH_FUSION = (
+    lambda c: WITH_PASTES[0](c) and c.hyperparameter.paste.fusion,
+    "with --replay eir and --fusion on",
+)
+WITH_COMBINATION = (
+    lambda c: WITH_PASTES[0](c) and c.hyperparameter.paste.class_combination,
+    "with --replay eir and --class_combination on",
+)
+
+
 @dataclass
 class ArchArgs:
     norm_act: str = option(
@@ -86,6 +133,7 @@ class ArchArgs:
         "file with the backbone's ImageNet weights, or 'none' to start from scratch; "
         "without it torchvision downloads them",
         "--backbone_weights",
+        used=AT_STEP_0,
     )
     freeze_all_bn: bool = option(
         False,
@@ -153,13 +201,20 @@ class EvalSet:
 
 @dataclass
 class MemoryArgs:
-    mem_size: int = option(100, "stored instances in all, 0: no memory", "--mem_size", low=0)
+    mem_size: int = option(
+        100,
+        "stored instances in all, 0: no memory",
+        "--mem_size",
+        low=0,
+        used=WITH_MEMORY,
+    )
     replay: str = option(
         "eir",
         "what the memory is used for: nothing, whole stored images, instances shown alone, "
         "or instances shown and pasted (EIR)",
         "--replay",
         choices=("none", "image", "instance", "eir"),
+        used=AT_LATER_STEPS,
     )
 
 
@@ -216,29 +271,64 @@ class Optimizer:
 class PasteArgs:
     """Switches of EIR's paste (METHOD 5, 2-5); the defaults are the paper's."""
 
-    pastes: int = option(3, "instances pasted into an image, at most", "--pastes", low=1, high=20)
+    pastes: int = option(
+        3,
+        "instances pasted into an image, at most",
+        "--pastes",
+        low=1,
+        high=20,
+        used=WITH_PASTES,
+    )
     cell: int = option(
         250, "side of a cell in pixels at crop 512, scaled with the crop", low=1, high=512
     )
     beta: float = option(1.0, "parameter of the Beta distribution of lambda", low=1e-3)
     lambda_min: float = option(
-        0.0, "lower bound of lambda, an instance's weight in the mix", "--lambda_min", low=0, high=1
+        0.0,
+        "lower bound of lambda, an instance's weight in the mix",
+        "--lambda_min",
+        low=0,
+        high=1,
+        used=WITH_FUSION,
     )
     class_combination: bool = option(
-        True, "potential old classes first; off: random classes", "--class_combination"
+        True,
+        "potential old classes first; off: random classes",
+        "--class_combination",
+        used=WITH_PASTES,
     )
-    position: bool = option(True, "cells with most background first; off: random cells", "--position")
-    fusion: bool = option(True, "mix instance and image by lambda; off: lambda 1", "--fusion")
+    position: bool = option(
+        True,
+        "cells with most background first; off: random cells",
+        "--position",
+        used=WITH_PASTES,
+    )
+    fusion: bool = option(
+        True,
+        "mix instance and image by lambda; off: lambda 1",
+        "--fusion",
+        used=WITH_PASTES,
+    )
     fill_in: str = option(
         "best",
         "cells of the random fill-in classes: all in the best, or the next ones; none: no fill-ins",
         "--fill_in",
         choices=("best", "next", "none"),
+        used=WITH_COMBINATION,
     )
     max_upscale: float | None = option(
-        None, "largest magnification of an instance", "--max_upscale", low=0.01
+        None,
+        "largest magnification of an instance",
+        "--max_upscale",
+        low=0.01,
+        used=WITH_PASTES,
     )
-    on_replay: bool = option(True, "paste on replay images too", "--paste_on_replay")
+    on_replay: bool = option(
+        True,
+        "paste on replay images too",
+        "--paste_on_replay",
+        used=WITH_PASTES,
+    )
     augment: str = option(
         "crop",
         "how an instance varies from paste to paste; crop: it passes the training transform, which may "
@@ -246,6 +336,7 @@ class PasteArgs:
         "--paste_augment",
         choices=("crop", "stretch", "off"),
         old={True: "stretch", False: "off"},
+        used=WITH_PASTES,
     )
 
 
@@ -255,10 +346,21 @@ class Hyperparameter:
         1.0, "weight of the positive BCE term, foreground channels", "--pos_weight", low=0
     )
     mbce: float = option(1.0, "weight of the BCE loss", "--mbce", low=0)
-    kd: float = option(5.0, "weight of the distillation", "--kd", low=0)
+    kd: float = option(
+        5.0,
+        "weight of the distillation",
+        "--kd",
+        low=0,
+        used=WITH_DISTILLATION,
+    )
     ac: float = option(0.0, "weight of the auxiliary classifier loss (DKD)", "--ac", low=0)
     pseudo_thresh: float = option(
-        0.7, "score from which a pseudo label is taken", "--pseudo_thresh", low=0, high=1
+        0.7,
+        "score from which a pseudo label is taken",
+        "--pseudo_thresh",
+        low=0,
+        high=1,
+        used=WITH_PSEUDO_LABELS,
     )
     ignore_thresh: float | None = option(
         None,
@@ -267,18 +369,27 @@ class Hyperparameter:
         "--ignore_thresh",
         low=0,
         high=1,
+        used=WITH_PSEUDO_LABELS,
     )
     pseudo_labels: bool = option(
-        True, "pseudo labels of the old classes from the teacher", "--pseudo_labels"
+        True,
+        "pseudo labels of the old classes from the teacher",
+        "--pseudo_labels",
+        used=AT_LATER_STEPS,
     )
     kd_mode: str = option(
-        "rskd", "distillation", "--kd_mode", choices=("none", "plain", "unbiased", "rskd")
+        "rskd",
+        "distillation",
+        "--kd_mode",
+        choices=("none", "plain", "unbiased", "rskd"),
+        used=AT_LATER_STEPS,
     )
     rskd_region: str = option(
         "new",
         "pixels distilled on; new: of the new classes, as in the paper; all: all that are not void",
         "--rskd_region",
         choices=("new", "all"),
+        used=WITH_RSKD,
     )
     paste: PasteArgs = section(PasteArgs)
 
@@ -395,6 +506,7 @@ class Call:
     )
     test: bool = option(False, "evaluate only; eval_voc.py does nothing else", "--test", switch=True)
     ignored: list[str] = option([], "keys of the configuration file that mean nothing here")
+    unused: list[str] = option([], "flags that were given and have no effect in this call")
 
 
 @dataclass
@@ -481,7 +593,11 @@ def read_eval(arguments: list[str]) -> tuple[Config, EvalCall]:
     if not _given("--config", arguments):  # how the training was started is not how this is
         config.rank, config.world_size, config.dist_url = 0, 1, None
     call = EvalCall(ignored=ignored)
-    _read(arguments, config, call, "eval_voc.py", "Evaluate a checkpoint on its step's test images.")
+    parsed = _read(
+        arguments, config, call, "eval_voc.py", "Evaluate a checkpoint on its step's test images."
+    )
+    given = {o.path: o.metadata["flags"] for o in options(Config) if o.path in vars(parsed)}
+    call.unused = [f"{given[path][0]} (only in training)" for path in given if path not in EVALUATED]
     if not call.resume:
         raise UserError("give the checkpoint to evaluate with -r FILE")
     return config, call
@@ -496,10 +612,12 @@ def _given(flag, arguments):
 
 
 def _read(arguments, config, call, program, description):
-    """Write the flags that were given into the configuration and the call."""
+    """Write the flags that were given into the configuration and the call; returns them."""
     parser = Parser(program, description)
     for target in (call, config):
         add_flags(parser, target)
     parsed = parser.parse_args(arguments)
     for target in (call, config):
         apply_flags(target, parsed)
+    call.unused = without_effect(config, parsed)
+    return parsed

@@ -13,11 +13,15 @@ class BaseStep(Trainer):
     """L = mbce * L_bce + ac * L_ac."""
 
     def initialize(self, fresh: bool) -> None:
-        """ImageNet weights for the backbone, if the configuration asks for them."""
+        """ImageNet weights for the backbone, from the file that was given or from torchvision's server.
+
+        Without a file `backbone_pretrained` decides; "none" in its place starts from scratch.
+        """
         args = self.config.arch.args
-        if not fresh or not args.backbone_pretrained or args.backbone_weights == "none":
+        file = args.backbone_weights
+        if not fresh or file == "none" or not (file or args.backbone_pretrained):
             return
-        weights = first_process_first(lambda: imagenet_weights(args.backbone, args.backbone_weights))
+        weights = first_process_first(lambda: imagenet_weights(args.backbone, file))
         self.model.backbone.load_state_dict(weights)
 
     def parameter_groups(self) -> list[dict]:

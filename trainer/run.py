@@ -85,6 +85,8 @@ def _start_log(config, call, folder):
     set_up_logging(folder, config.trainer.verbosity, rank() == 0)
     if call.ignored:
         log.warning(f"ignored keys of the configuration: {', '.join(call.ignored)}")
+    if call.unused:
+        log.warning(f"without effect here: {', '.join(call.unused)}")
 
 
 def _finished_checkpoint(folder):

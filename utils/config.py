@@ -36,6 +36,7 @@ def option(
     bare: bool = False,
     incidental: bool = False,
     old: dict[bool, Any] | None = None,
+    used: tuple[Callable[[Any], bool], str] | None = None,
 ) -> Any:
     """A dataclass field that is an option.
 
@@ -45,12 +46,13 @@ def option(
     the greatest number. complain: returns what is wrong with a value, or None.
     switch: a bool whose flag takes no value and means true. bare: the flag may stand without a value,
     which then means None. incidental: another value does not make another experiment.
+    used: whether a configuration makes any use of the option, and when it does, in words.
     old: what true and false mean in configuration files of former versions, where it was a bool.
     """
     flags = (flag,) if isinstance(flag, str) else flag
     metadata = dict(
         help=help, flags=flags, choices=choices, low=low, high=high, complain=complain,
-        switch=switch, bare=bare, incidental=incidental, old=old or {},
+        switch=switch, bare=bare, incidental=incidental, old=old or {}, used=used,
     )  # fmt: skip
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
@@ -251,6 +253,16 @@ def apply_flags(config: Any, arguments: argparse.Namespace) -> None:
         if path in given:
             value = given[path]
             put(config, declared.path, declared.parsed(value, flags[0]) if value is not True else True)
+
+
+def without_effect(config: Any, arguments: argparse.Namespace) -> list[str]:
+    """The flags that were given and that the configuration makes no use of, each with the reason."""
+    given = vars(arguments)
+    return [
+        f"{o.metadata['flags'][0]} (only {o.metadata['used'][1]})"
+        for o in options(type(config))
+        if o.path in given and o.metadata["used"] and not o.metadata["used"][0](config)
+    ]
 
 
 def differences(old: Any, new: Any) -> list[str]:

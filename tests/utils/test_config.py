@@ -239,3 +239,32 @@ class TestExperiment:
         config = with_flags("--save_dir", "_saved_voc", "--task_name", "5-3", "--task_step", 2)
         assert str(config.step_dir()) == "_saved_voc/models/overlap_5-3_EIR/step_2"
         assert str(config.step_dir(1, "log")) == "_saved_voc/log/overlap_5-3_EIR/step_1"
+
+
+class TestFlagsWithoutEffect:
+    """No flag that was given is without effect in silence."""
+
+    @pytest.mark.parametrize(
+        ("flags", "unused"),
+        [
+            (["--task_step", "0", "--mem_size", "5", "--kd", "1"], ["--mem_size", "--kd"]),
+            (["--task_step", "1", "--mem_size", "5", "--kd", "1"], []),
+            (["--task_step", "1", "--replay", "image", "--pastes", "2"], ["--pastes"]),
+            (["--task_step", "1", "--replay", "none", "--mem_size", "5"], ["--mem_size"]),
+            (["--task_step", "1", "--fusion", "off", "--lambda_min", "0.5"], ["--lambda_min"]),
+            (["--task_step", "1", "--kd_mode", "plain", "--rskd_region", "all"], ["--rskd_region"]),
+            (["--task_step", "1", "--pseudo_labels", "off", "--pseudo_thresh", "0.6"],
+             ["--pseudo_thresh"]),
+            (["--task_step", "1", "--backbone_weights", "f.pth"], ["--backbone_weights"]),
+            (["--task_step", "1", "--class_combination", "off", "--fill_in", "none"], ["--fill_in"]),
+        ],
+    )  # fmt: skip
+    def test_training_names_them(self, flags, unused):
+        assert [text.split()[0] for text in read_train(flags)[1].unused] == unused
+
+    def test_evaluation_names_those_of_training(self, tmp_path):
+        (tmp_path / "c.pth").touch()
+        write(tmp_path, Config().to_dict()).rename(tmp_path / "config.json")
+        flags = ["-r", str(tmp_path / "c.pth"), "--score", "0.3", "--lr", "1", "--bs", "4"]
+        call = read_eval([*flags, "--crop_size", "64", "--task_step", "2"])[1]
+        assert call.unused == ["--bs (only in training)", "--lr (only in training)"]
