@@ -159,19 +159,19 @@ def test_the_sequence_script_evaluates_on_the_gpus_it_trains_on(tmp_path, monkey
     launcher.write_text(f'#!/bin/sh\necho "$1 ${{CUDA_VISIBLE_DEVICES-all}}" >>{tmp_path}/calls\n')
     launcher.chmod(0o755)
     script = ["scripts/train_voc.sh", "10-5", "overlap", "-d", "3,1", "--save_dir", str(tmp_path)]
-    bash(script, LAUNCHER=str(launcher), **outside).communicate(timeout=60)
+    bash(script, LAUNCHER=str(launcher), **outside).communicate(timeout=600)
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls == 3 * [f"train_voc.py {gpus}"] + [f"eval_voc.py {gpus}"]
 
 
 def test_the_sequence_script_needs_task_and_setting():
     process = bash(["scripts/train_voc.sh", "5-3"])
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 2 and text.startswith("error: ")
 
 
 def test_the_sequence_script_refuses_an_unknown_task(tmp_path):
     process = bash(["scripts/train_voc.sh", "7-4", "overlap", "--save_dir", str(tmp_path)])
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 2 and "error: unknown task '7-4'" in text
     assert list(tmp_path.iterdir()) == []

@@ -246,7 +246,7 @@ class TestStore:
         with pytest.raises(UserError) as refused:
             data.memory(folder, None)
         assert str(path) in str(refused.value)
-        assert f"remove {folder} to draw the memory anew" in str(refused.value)
+        assert "train that step anew with --overwrite" in str(refused.value)
         with pytest.raises(UserError, match="is missing or was changed"):
             step_data(voc_root, 2, ALL).memory(tmp_path / "next", folder)
         assert not (tmp_path / "next").exists()
@@ -410,8 +410,30 @@ class TestReplay:
         assert sample["replayed"] and not sample["alone"]
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"entries": [{"id": "x"}]}'])
-def test_a_damaged_manifest_is_an_error_that_says_the_way_out(tmp_path, text):
-    (tmp_path / "manifest.json").write_text(text)
-    with pytest.raises(UserError, match="remove the folder to draw it anew"):
-        read_manifest(tmp_path)
+class TestManifest:
+    @pytest.mark.parametrize("text", ["", "[]", "{}", '{"entries": [{"id": "x"}]}', "[" * 100_000])
+    def test_a_damaged_one_is_an_error_that_says_the_way_out(self, tmp_path, text):
+        (tmp_path / "manifest.json").write_text(text)
+        with pytest.raises(UserError, match=r"cannot read the memory.*anew with --overwrite"):
+            read_manifest(tmp_path)
+
+    def test_a_changed_one_is_refused_and_one_without_a_digest_is_a_warning(
+        self, voc_root, tmp_path, messages
+    ):
+        path = tmp_path / "memory" / "manifest.json"
+        step_data(voc_root, 1, 4).memory(path.parent, None)
+        manifest = json.loads(path.read_text())
+        for change, words in (
+            ({"budget": 5}, "its digest differs"),
+            (
+                {"sha256": None, "entries": [{**manifest["entries"][0], "file": "../x"}]},
+                "the file '../x'",
+            ),
+        ):
+            path.write_text(json.dumps({**manifest, **change}))
+            with pytest.raises(UserError, match=f"cannot read the memory in .*{words}"):
+                read_manifest(path.parent)
+        messages.clear()
+        path.write_text(json.dumps({**manifest, "sha256": None}))
+        assert len(read_manifest(path.parent)["entries"]) == 4
+        assert any("has no digest" in text for level, text in messages if level == "WARNING")
