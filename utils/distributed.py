@@ -55,6 +55,13 @@ def launch(worker: Callable, config, *arguments) -> None:
             while not context.join():
                 pass
         except mp.ProcessExitedException as error:
+            if error.exit_code < 0:  # killed by a signal, it could not say so itself
+                exit_with(
+                    UserError(
+                        f"a process of this run was ended from outside ({error.signal_name}): the same "
+                        "command with --resume auto goes on after the last finished epoch"
+                    )
+                )
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             for process in context.processes:

@@ -23,6 +23,7 @@ from tests.reliability.runs import (
     refused,
     result,
     run,
+    two_at_a_time,
 )
 from trainer.output import has_results
 
@@ -35,8 +36,9 @@ def test_killed_before_each_change_of_a_file(step, root, step_0, step_1, place):
     """Every write, rename and removal of memory, checkpoints, metrics, log and settings."""
     whole, changes = [(step_0, {}), (step_1, STEP_1)][step]
     assert len(whole.points) > 20, whole.points
-    wrong = []
-    for number, what in enumerate(whole.points):
+
+    def kill(case):
+        number, what = case
         saved = place / f"{number}" / "saved"
         if step:
             copy(step_0.folder, saved)
@@ -44,9 +46,10 @@ def test_killed_before_each_change_of_a_file(step, root, step_0, step_1, place):
         assert run(command, prepare=kill_before(number)).returncode == -signal.SIGKILL, what
         outcome = run([*command, *AGAIN])
         if outcome.returncode or result(saved, step) != whole.result or leftovers(saved):
-            wrong.append((number, what, outcome.stderr))
-        else:
-            _remove(saved)
+            return number, what, outcome.stderr
+        shutil.rmtree(saved.parent)
+
+    wrong = [failed for failed in two_at_a_time(kill, enumerate(whole.points)) if failed]
     print(f"killed at {len(whole.points)} points of step {step}: {', '.join(whole.points)}")
     assert not wrong
 
@@ -65,8 +68,10 @@ def test_killed_before_each_change_of_a_file_while_it_overwrites(root, step_1, p
     assert outcome.returncode == 0, outcome.stderr
     expected, points = result(new), noted.read_text().splitlines()
     assert expected != step_1.result
-    wrong, resumed = [], 0
-    for number, what in enumerate(points):
+    resumed = []
+
+    def kill(case):
+        number, what = case
         saved = copy(step_1.folder, place / f"{number}" / "saved")
         command = flags(root, saved, **changes)
         killed = run([*command, "--overwrite"], prepare=kill_before(number))
@@ -74,44 +79,52 @@ def test_killed_before_each_change_of_a_file_while_it_overwrites(root, step_1, p
         if has_results(saved / "models" / RUN / "step_1"):
             found = result(saved)
             if found != step_1.result and found != expected:
-                wrong.append((number, what, "counts as finished"))
+                return number, what, "counts as finished"
         outcome = run([*command, *AGAIN])
-        resumed += outcome.returncode == 0
         if refused(outcome):
             outcome = run([*command, "--overwrite"])
-        if outcome.returncode or result(saved) != expected or leftovers(saved):
-            wrong.append((number, what, outcome.stderr))
         else:
-            _remove(saved)
-    print(f"killed at {len(points)} points of an overwrite, {resumed} resumed: {', '.join(points)}")
+            resumed.append(number)
+        if outcome.returncode or result(saved) != expected or leftovers(saved):
+            return number, what, outcome.stderr
+        shutil.rmtree(saved.parent)
+
+    wrong = [failed for failed in two_at_a_time(kill, enumerate(points)) if failed]
+    print(f"killed at {len(points)} points of an overwrite, {len(resumed)} of them resumed: {points}")
     assert not wrong
 
 
 @pytest.mark.parametrize("step", [0, 1])
 def test_killed_at_random_moments(step, root, step_0, step_1, place):
     whole, changes = [(step_0, {}), (step_1, STEP_1)][step]
-    draw = random.Random(step)
-    started, wrong, killed = time.monotonic(), [], 0
-    for number in range(-1, 15):
+    draw, moments = random.Random(step), []
+
+    def start(number):
         saved = place / f"{number}" / "saved"
         if step:
             copy(step_0.folder, saved)
-        command = flags(root, saved, **changes)
+        return flags(root, saved, **changes)
+
+    started = time.monotonic()
+    two_at_a_time(lambda number: run(start(number)), (-2, -1))
+    seconds = time.monotonic() - started  # how long a run takes beside another one
+
+    def kill(number):
+        command, moment = start(number), draw.uniform(0, seconds)
         begun = Run(command)
-        if number < 0:  # how long a run takes
-            begun.end()
-            seconds = time.monotonic() - started
-            continue
-        time.sleep(draw.uniform(0, seconds))
+        time.sleep(moment)
         begun.process.kill()
-        killed += begun.end().returncode == -signal.SIGKILL
+        if begun.end().returncode == -signal.SIGKILL:
+            moments.append(round(moment / seconds, 2))
         outcome = run([*command, *AGAIN])
+        saved = place / f"{number}" / "saved"
         if outcome.returncode or result(saved, step) != whole.result or leftovers(saved):
-            wrong.append((number, outcome.stderr))
-        else:
-            _remove(saved)
-    print(f"killed {killed} of 15 at a random moment of step {step}")
-    assert not wrong and killed > 5
+            return number, outcome.stderr
+        shutil.rmtree(saved.parent)
+
+    wrong = [failed for failed in two_at_a_time(kill, range(15)) if failed]
+    print(f"killed {len(moments)} of 15 in step {step}, at these parts of it: {sorted(moments)}")
+    assert not wrong and len(moments) > 5
 
 
 def test_the_script_itself_killed_twice(root, step_0, step_1, place):
@@ -140,7 +153,7 @@ def test_a_signal_ends_it_in_seconds_with_the_line_that_says_how_to_go_on(kind, 
     begun = Run(command)
     last = saved / "models" / RUN / "step_1" / "last.pth"
     while not last.is_file():
-        assert begun.process.is_alive()
+        assert begun.exitcode() is None
         time.sleep(0.05)
     started = time.monotonic()
     os.kill(begun.process.pid, kind)
@@ -148,7 +161,3 @@ def test_a_signal_ends_it_in_seconds_with_the_line_that_says_how_to_go_on(kind, 
     assert time.monotonic() - started < 10
     assert "--resume auto goes on" in error_line(outcome)
     assert "unreadable" not in str(result(saved)) and not leftovers(saved)
-
-
-def _remove(saved):
-    shutil.rmtree(saved.parent)
