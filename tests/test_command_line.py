@@ -219,7 +219,9 @@ class TestInterruptedStep:
             assert "another process is training" in line
             assert snapshot(own_step) == before
 
-    @pytest.mark.parametrize("gone", [("metrics.json",), ("metrics.json", "last.pth")], ids=str)
+    @pytest.mark.parametrize(
+        "gone", [("metrics.json",), ("metrics.json", "last.pth", "made_from.json")], ids=str
+    )
     def test_resuming_from_elsewhere_replaces_no_checkpoint(
         self, trained, own_step, voc_root, tmp_path, command, gone
     ):

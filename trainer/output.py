@@ -109,6 +109,8 @@ def where_to_start(config: Config, call: TrainCall) -> Path | None:
     """Checkpoint to resume from, or None to start anew; refuses to lose a started run."""
     folder = config.step_dir()
     last = folder / "last.pth"
+    if not last.is_file() and (folder / "made_from.json").is_file():
+        last = final_checkpoint(folder) or last  # killed in between: the same content, written first
     if call.overwrite:
         return None
     if call.resume and call.resume != "auto":

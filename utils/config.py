@@ -217,9 +217,12 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """As in argparse; what its own code trips over (such as `--seed --`) is a UserError too."""
         try:
-            return super().parse_args(args, namespace)
+            parsed = super().parse_args(args, namespace)
         except IndexError:
             self.error("a flag lacks its value")
+        if any(isinstance(value, list) for value in vars(parsed).values()):  # `--seed=--`
+            self.error("a flag lacks its value")
+        return parsed
 
 
 def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
