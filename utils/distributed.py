@@ -90,7 +90,7 @@ def _run(local_rank, worker, config, url, *arguments):
             torch.cuda.set_device(local_rank)
         worker(config, *arguments)
     except (Exception, KeyboardInterrupt) as error:
-        if "closed by peer" in str(error):
+        if re.search("(closed|reset) by peer", str(error)):
             sys.exit(2)  # another process ended, and has said why
         exit_with(explained(error) or _unexpected(), rank() if dist.is_initialized() else None)
     finally:
