@@ -113,8 +113,9 @@ def disturb(root, start, other, place, files, judge):
 
 
 def good_files(files, damaged):
-    """The files that were not damaged, without those that any run writes to."""
-    changing = (f"{LOG}/log.txt", f"{LOG}/metrics.jsonl", f"{STEP}/.lock", f"{STEP}/made_from.json")
+    """The files that were not damaged, without those that any run writes to (--save_dir is another)."""
+    written = [f"{STEP}/{name}" for name in (".lock", "config.json", "made_from.json")]
+    changing = [*written, f"{LOG}/log.txt", f"{LOG}/metrics.jsonl"]
     return {
         name: digest
         for name, digest in files.items()
