@@ -133,7 +133,12 @@ def test_the_script_itself_killed_twice(root, step_0, step_1, place):
     command = ["train_voc.py", *flags(root, saved, **STEP_1), *AGAIN]
     for epoch in (1, 2):
         process = subprocess.Popen(
-            [sys.executable, *command], cwd=PROJECT, stdout=subprocess.PIPE, text=True
+            [sys.executable, *command],
+            cwd=PROJECT,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
         )
         for line in process.stdout:
             if line.startswith(f"epoch {epoch}/2"):
