@@ -85,7 +85,7 @@ launch(work, Config())
     ("kind", "line"),
     [
         ("UserError", "error: broken"),
-        ("ValueError", "error: a fault of this program, please report it"),
+        ("ValueError", "error: a fault of this program, please report"),
     ],
 )
 def test_an_error_does_not_wait_for_processes_in_an_nccl_collective(kind, line):
