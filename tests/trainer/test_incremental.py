@@ -139,7 +139,7 @@ def test_three_steps_one_class_each(voc_root, step_0, tmp_path):
 def test_a_few_images_are_learned_in_a_shuffled_order(tmp_path):
     """Each VOC class comes out at its channel, the old ones after step 1 too."""
     root = coloured_squares(tmp_path / "squares", {9: "red", 19: "green", NEW: "blue"})
-    changes = {"mem_size": 6, "trainer__verbosity": 0}
+    changes = {"mem_size": 6, "trainer__verbosity": 0, "allow_val_in_train": True}
     config = settings(root, tmp_path, 0, epochs=20, lr=0.03, freeze_bn=False, **changes)
     base = BaseStep(config, StepData(config))
     for module in base.model.modules():
