@@ -161,7 +161,7 @@ def test_the_sequence_script_evaluates_on_the_gpus_it_trains_on(tmp_path, monkey
     script = ["scripts/train_voc.sh", "10-5", "overlap", "-d", "3,1", "--save_dir", str(tmp_path)]
     bash(script, LAUNCHER=str(launcher), **outside).communicate(timeout=600)
     calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == 3 * [f"train_voc.py {gpus}"] + [f"eval_voc.py {gpus}"]
+    assert calls == 3 * [f"{PROJECT}/train_voc.py {gpus}"] + [f"{PROJECT}/eval_voc.py {gpus}"]
 
 
 def test_the_sequence_script_needs_task_and_setting():
