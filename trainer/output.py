@@ -52,7 +52,7 @@ def is_finished(config: Config, processes: int | None = None) -> bool:
     processes: of this call, which share its batch; None leaves the size of the batch unchecked.
     """
     folder = config.step_dir()
-    if not has_results(folder) or not (folder / "config.json").is_file():
+    if not has_results(folder) or not (folder / "config.json").exists():
         return False
     changed = differences(load_config(folder / "config.json")[0], config)
     batch = (read_json_object(folder / "made_from.json") or {}).get("batch")
