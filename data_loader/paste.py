@@ -228,7 +228,8 @@ class PasteAugmentation:
         # scaled to fit a cell; what is one pixel wide or high, or gone, is not pasted
         shown = view[..., 4:]
         used = used & (shown.round().amin(dim=2) > 1)
-        scale = self.cell / shown.amax(dim=2).clamp(min=1)
+        longer = shown.amax(dim=2).clamp(min=1)
+        scale = torch.full_like(longer, self.cell) / longer  # number / tensor rounds twice in PyTorch
         if settings.max_upscale is not None:
             scale = scale.clamp(max=settings.max_upscale)
         size = (shown * scale[..., None]).round().long().clamp(min=1, max=self.cell)

@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Waits(Exception):
-    """An operation that would wait for the device."""
+class Waits(BaseException):
+    """An operation that would wait for the device; no handler of errors takes it for one of its own."""
 
 
 class NoWaiting(TorchDispatchMode):

@@ -7,7 +7,7 @@ import pytest
 from scripts import benchmark
 
 SIZES = {
-    "warmup": 0,
+    "warmup": 1,
     "repeats": 2,
     "num_workers": 0,
     "backbone": "tiny",
