@@ -332,20 +332,22 @@ class PasteAugmentation:
         column = torch.where(plan.mirror[:, i, None], width - 1 - target, target).clamp(min=0)
         y0, y1, fy = _neighbours(target, box_height, height)
         x0, x1, fx = _neighbours(column, box_width, width)
+
+        # indices into bank.pixels: of the rows' beginnings, and of the columns in a row
         start, stride = bank.start[entry, None], bank.stride[entry, None]
+        row0, row1 = ((start + (top + y) * stride)[:, :, None].int() for y in (y0, y1))
+        column0, column1 = ((left + x)[:, None, :].int() for x in (x0, x1))
 
-        def at(y, x):
-            return (start + (top + y) * stride)[:, :, None] + (left + x)[:, None, :]
-
-        def pixels(y, x):
-            return F.embedding(at(y, x), bank.pixels)  # bank.pixels[at(y, x)], but faster
+        def pixels(row, column):
+            return F.embedding(row + column, bank.pixels)  # bank.pixels[row + column], but faster
 
         along = fx[:, None, :, None].expand(-1, -1, -1, 3).contiguous()  # read in one go with colour
-        upper = torch.lerp(pixels(y0, x0), pixels(y0, x1), along)
-        lower = torch.lerp(pixels(y1, x0), pixels(y1, x1), along)
+        upper = torch.lerp(pixels(row0, column0), pixels(row0, column1), along)
+        lower = torch.lerp(pixels(row1, column0), pixels(row1, column1), along)
         colour = torch.lerp(upper, lower, fy[:, :, None, None]).permute(0, 3, 1, 2)
-        nearest = at(torch.where(fy < 0.5, y0, y1), torch.where(fx < 0.5, x0, x1))
-        return colour, inside & bank.of_class[nearest]
+        nearest_row = torch.where(fy[:, :, None] < 0.5, row0, row1)
+        nearest = nearest_row + torch.where(fx[:, None, :] < 0.5, column0, column1)
+        return colour, inside & bank.of_class[nearest.long()]
 
 
 def _pick(number, count):
