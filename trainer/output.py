@@ -46,6 +46,11 @@ if TYPE_CHECKING:
 # Before training: what is there.
 
 
+def _record(folder):
+    """What made_from.json in a step's folder says; empty where it is missing or damaged."""
+    return read_json_object(folder / "made_from.json") or {}
+
+
 def is_finished(config: Config, processes: int | None = None) -> bool:
     """True if the step has its results; UserError if they come from other settings or another model.
 
@@ -55,7 +60,7 @@ def is_finished(config: Config, processes: int | None = None) -> bool:
     if not has_results(folder) or not (folder / "config.json").exists():
         return False
     changed = differences(load_config(folder / "config.json")[0], config)
-    batch = (read_json_object(folder / "made_from.json") or {}).get("batch")
+    batch = _record(folder).get("batch")
     asked = processes and processes * config.data.train.batch_size
     if asked and batch not in (None, asked):
         changed.append(f"a batch of {batch} images, not {asked}, over all processes")
@@ -72,7 +77,7 @@ def is_finished(config: Config, processes: int | None = None) -> bool:
 def has_results(folder: Path) -> bool:
     """True if metrics.json is there and as it was written: the step in the folder is finished."""
     metrics = read_json_object(folder / "metrics.json") or {}
-    known = (read_json_object(folder / "made_from.json") or {}).get("metrics")
+    known = _record(folder).get("metrics")
     if known is not None and known != json_digest(metrics):
         return False
     return all(isinstance(metrics.get(m), dict) and metrics[m].keys() >= {*GROUPS} for m in METRICS)
@@ -81,7 +86,7 @@ def has_results(folder: Path) -> bool:
 def _check_unchanged(folder):
     """Raise UserError if the final checkpoint of a finished step is not the one that it ended with."""
     path = final_checkpoint(folder)
-    known = (read_json_object(folder / "made_from.json") or {}).get("final")
+    known = _record(folder).get("final")
     if path and known is not None and content_digest(path) != known:
         raise UserError(
             f"{path} has changed since its step was finished: restore it from a copy, or train the "
@@ -94,7 +99,7 @@ def check_not_stale(config: Config, step: int) -> None:
     one before it is now."""
     for later in range(step, 0, -1):
         folder = config.step_dir(later)
-        record = read_json_object(folder / "made_from.json") or {}
+        record = _record(folder)
         before = final_checkpoint(config.step_dir(later - 1)) if record.get("own_previous") else None
         if before is None:
             return
