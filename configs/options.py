@@ -86,6 +86,11 @@ def _no_devices(text):
         return "give GPU indices such as 0 or 0,1"
 
 
+def _no_backbone(name):
+    if name not in ("resnet101", "resnet50", "tiny") and not name.startswith("timm/"):
+        return "allowed: resnet101, resnet50, tiny, timm/NAME"
+
+
 def _no_norm(kind):
     if kind == "iabn_sync":
         return "that needs the inplace_abn package, which is not used here: choose bn_sync or bn"
@@ -125,7 +130,10 @@ class ArchArgs:
         complain=_no_norm,
     )
     backbone: str = option(
-        "resnet101", "feature network", "--backbone", choices=("resnet101", "resnet50", "tiny")
+        "resnet101",
+        "feature network: resnet101, resnet50, tiny (for tests), or timm/NAME with the package timm",
+        "--backbone",
+        complain=_no_backbone,
     )
     backbone_pretrained: bool = option(True, "start step 0 from ImageNet weights")
     backbone_weights: str | None = option(

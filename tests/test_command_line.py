@@ -342,7 +342,7 @@ class TestBadInput:
             ("--lr inf", "--lr is inf"),
             ("--bs 2.5", "--bs must be an integer"),
             ("--bs=", "--bs needs a value"),
-            ("--backbone vgg", "allowed: resnet101, resnet50, tiny"),
+            ("--backbone vgg", "allowed: resnet101, resnet50, tiny, timm/NAME"),
             ("--pseudo_thresh 1.5", "at most 1"),
             ("--fusion maybe", "--fusion is 'maybe'; allowed: on, off"),
             ("--no_such_flag", "--no_such_flag"),

@@ -2,7 +2,7 @@
 
 import torch
 
-from models.deeplabv3 import imagenet_weights
+from models.backbones import imagenet_weights
 from models.losses import auxiliary_sum, bce_sum, sum_over_images
 from trainer.base import Batch, Trainer
 from trainer.setup import trainable

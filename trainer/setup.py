@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.options import Config
+from models.backbones import synchronise_bn
 from models.deeplabv3 import freeze_bn
 from utils.distributed import world_size
 from utils.errors import UserError
@@ -70,7 +71,7 @@ def prepare_bn(model: nn.Module, config: Config) -> nn.Module:
     if config.arch.args.freeze_all_bn:
         freeze_bn(model)
         return model
-    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if _synchronised_bn(config) else model
+    return synchronise_bn(model) if _synchronised_bn(config) else model
 
 
 def parallel(model: nn.Module, device: torch.device) -> nn.Module:

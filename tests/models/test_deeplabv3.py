@@ -1,15 +1,14 @@
 """The network: the family's keys, its parts, prediction, ImageNet weights."""
 
 import hashlib
-from urllib.error import URLError
 
 import pytest
 import torch
 from torch.nn.functional import interpolate
 from torchvision.models import resnet50
 
-from models import DeepLabV3, deeplabv3
-from models.deeplabv3 import freeze_bn, imagenet_weights, predict, stop_dropout
+from models import DeepLabV3
+from models.deeplabv3 import freeze_bn, predict, stop_dropout
 from utils.errors import UserError
 
 KEYS_SHA256 = "7a20d9bb0a1b1cdf202bcff93a9ae2e533fa8bc447b21d8c422c5759078f5e74"
@@ -126,67 +125,3 @@ def test_freezing_stops_statistics_gradients_and_dropout(tiny):
     frozen = [m for m in tiny.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert not any(p.requires_grad for m in frozen for p in m.parameters())
     assert all(p.requires_grad for p in tiny.cls.parameters())
-
-
-class TestImagenetWeights:
-    @pytest.fixture(scope="class")
-    @staticmethod
-    def file(tmp_path_factory):
-        torch.manual_seed(4)
-        path = tmp_path_factory.mktemp("weights") / "resnet50.pth"
-        torch.save(resnet50().state_dict(), path)
-        return path
-
-    @pytest.mark.parametrize("counted", [True, False])
-    def test_from_a_file(self, file, tmp_path, counted):
-        """Of today, or one from before batches were counted."""
-        stored = torch.load(file)
-        named = {k: v for k, v in stored.items() if counted or "num_batches" not in k}
-        torch.save(named, tmp_path / "file.pth")
-        model = DeepLabV3([5], "resnet50")
-        model.backbone.load_state_dict(imagenet_weights("resnet50", tmp_path / "file.pth"))
-        for key, value in model.backbone.state_dict().items():
-            assert torch.equal(value, stored[key]), key
-
-    def test_pretrained_model_starts_from_them(self, monkeypatch):
-        torch.manual_seed(3)
-        wanted = DeepLabV3([5], "tiny").backbone.state_dict()
-        monkeypatch.setattr(deeplabv3, "imagenet_weights", lambda name: wanted)
-        model = DeepLabV3([5], "tiny", pretrained=True)
-        assert all(torch.equal(v, wanted[k]) for k, v in model.backbone.state_dict().items())
-
-    def test_weights_of_another_network_are_refused(self, file):
-        with pytest.raises(UserError, match="holds no weights of resnet101: layer"):
-            imagenet_weights("resnet101", file)
-
-    @pytest.mark.parametrize("wrapped", [True, False])
-    def test_a_training_checkpoint_is_refused(self, file, tmp_path, wrapped):
-        state = torch.load(file)
-        torch.save({"state_dict": state} if wrapped else {**state, "epoch": 3}, tmp_path / "c.pth")
-        with pytest.raises(UserError, match="holds no weights of resnet50"):
-            imagenet_weights("resnet50", tmp_path / "c.pth")
-
-    def test_missing_and_torn_files_are_refused(self, file, tmp_path):
-        with pytest.raises(UserError, match="no backbone weights at"):
-            imagenet_weights("resnet50", tmp_path / "nowhere.pth")
-        (tmp_path / "torn.pth").write_bytes(file.read_bytes()[:1000])
-        with pytest.raises(UserError, match="is damaged"):
-            imagenet_weights("resnet50", tmp_path / "torn.pth")
-
-    @pytest.mark.parametrize("error", [URLError("no route to host"), RuntimeError("invalid hash")])
-    def test_a_failed_download_says_how_to_do_without(self, monkeypatch, error):
-        def fail(*_, **__):
-            raise error
-
-        kind = type(deeplabv3.RESNETS["resnet101"][1])
-        monkeypatch.setattr(kind, "get_state_dict", fail)
-        with pytest.raises(UserError) as refused:
-            imagenet_weights("resnet101")
-        message = str(refused.value)
-        assert "--backbone_weights FILE" in message and "--backbone_weights none" in message
-        assert "https://download.pytorch.org/models/resnet101" in message
-        assert "\n" not in message
-
-    def test_the_tiny_backbone_has_none(self):
-        with pytest.raises(UserError, match="no ImageNet weights for the backbone tiny"):
-            imagenet_weights("tiny")
