@@ -134,7 +134,7 @@ class TestTimm:
 
     def test_weights_of_another_network_are_refused(self, timm, tmp_path):
         torch.save(timm.create_model("tf_efficientnet_lite1").state_dict(), tmp_path / "lite1.pth")
-        with pytest.raises(UserError, match=r"lite1\.pth holds no weights of timm/tf_efficientnet_lite0"):
+        with pytest.raises(UserError, match=r"lite1\.pth holds no weights of timm"):
             imagenet_weights(LITE, tmp_path / "lite1.pth")
 
     def test_a_failed_download_says_how_to_do_without(self, timm, monkeypatch):
