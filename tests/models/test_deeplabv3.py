@@ -32,7 +32,7 @@ class TestKeys:
         assert hashlib.sha256("\n".join(rows).encode()).hexdigest() == KEYS_SHA256
 
     def test_unknown_backbone(self):
-        with pytest.raises(UserError, match="resnet101, resnet50 or tiny"):
+        with pytest.raises(UserError, match="resnet101, resnet50, timm"):
             DeepLabV3([5], "resnet18")
 
 
