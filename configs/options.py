@@ -55,7 +55,7 @@ ACCEPTED = {
     "data_loader.args.val.cross_val": (False,),
     "arch.type": ("DeepLabV3",),
     "arch.args.output_stride": (16,),
-    "data_loader.type": ("VOCIncrementalDataLoader",),
+    "data_loader.type": ("VOCIncrementalDataLoader", "ADEIncrementalDataLoader"),
     "data_loader.args.train.args.transform": (True,),
     "optimizer.type": ("SGD",),
     "lr_scheduler.type": ("PolyLR",),
@@ -84,6 +84,35 @@ def _no_devices(text):
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isascii() and part.isdecimal() for part in parts):
         return "give GPU indices such as 0 or 0,1"
+
+
+def _no_classes(classes):
+    """What keeps an object from being the classes of a data set."""
+    ids = list(classes.values())
+    if not ids or not all(type(i) is int and 0 < i < 255 for i in ids) or len(set(ids)) < len(ids):
+        return "give names and their ids in the label maps, from 1 to 254 and all different"
+    if "background" in classes or not all(name.strip() and name.isprintable() for name in classes):
+        return "each class needs a printable name of its own, and background is none of them"
+
+
+def _no_patterns(patterns):
+    """What keeps a list from being where the labels of images are."""
+    if not patterns or not all(type(p) is str and p.count("{}") == 1 for p in patterns):
+        return "give paths in which {} stands for the id, such as SegmentationClass/{}.png"
+
+
+def _no_pattern(pattern):
+    return _no_patterns([pattern])
+
+
+def _no_folders(folders):
+    if not folders or not all(type(folder) is str for folder in folders):
+        return 'give a list of folders, "" for the data root itself'
+
+
+def _no_counts(counts):
+    if len(counts) not in (0, 2) or not all(type(count) is int for count in counts):
+        return "give the numbers of training and of validation images, or an empty list"
 
 
 def _no_backbone(name):
@@ -156,10 +185,80 @@ class Arch:
     args: ArchArgs = section(ArchArgs)
 
 
+VOC_CLASSES = {
+    "aeroplane": 1, "bicycle": 2, "bird": 3, "boat": 4, "bottle": 5, "bus": 6, "car": 7, "cat": 8,
+    "chair": 9, "cow": 10, "diningtable": 11, "dog": 12, "horse": 13, "motorbike": 14, "person": 15,
+    "pottedplant": 16, "sheep": 17, "sofa": 18, "train": 19, "tvmonitor": 20,
+}  # fmt: skip
+
+
+@dataclass
+class DataSet:
+    """What a data set is: its classes, and where its files are. The defaults are VOC 2012's."""
+
+    name: str = option("VOC 2012", "what messages call it", incidental=True)
+    classes: dict[str, int] = option(
+        VOC_CLASSES,
+        "name and id in the label maps of each class, in learning order",
+        complain=_no_classes,
+    )
+    highest_id: int = option(
+        20,
+        "greatest id in the label maps beside 255, which is void; the ids of no class are background",
+        low=1,
+        high=254,
+    )
+    zero: str = option(
+        "background", "what id 0 means in the label maps", choices=("background", "void")
+    )
+    palette: str = option(
+        "voc",
+        "what the colours of a label in palette mode say; voc: the ids, by VOC's colours or as grey "
+        "levels, and are compared with them; any: nothing",
+        choices=("voc", "any"),
+        incidental=True,
+    )
+    folders: list[str] = option(
+        ["", "VOC2012", "VOCdevkit/VOC2012"],
+        "where below the data root the data set may lie",
+        complain=_no_folders,
+        incidental=True,
+    )
+    train_list: str | None = option(
+        "ImageSets/Segmentation/train_aug.txt",
+        "list of the training images; none: all that are there",
+    )
+    train_images: str = option(
+        "JPEGImages/{}.jpg", "path of a training image, {} standing for its id", complain=_no_pattern
+    )
+    train_labels: list[str] = option(
+        ["SegmentationClassAug/{}.png", "SegmentationClass/{}.png"],
+        "paths that its label may have, the first that is there counts",
+        complain=_no_patterns,
+    )
+    val_list: str | None = option(
+        "ImageSets/Segmentation/val.txt", "list of the validation images, in the same way"
+    )
+    val_images: str = option("JPEGImages/{}.jpg", "path of a validation image", complain=_no_pattern)
+    val_labels: list[str] = option(
+        ["SegmentationClass/{}.png", "SegmentationClassAug/{}.png"],
+        "paths that its label may have",
+        complain=_no_patterns,
+    )
+    counts: list[int] = option(
+        [10582, 1449],
+        "how many images its lists have where it is whole, to be compared with",
+        complain=_no_counts,
+        incidental=True,
+    )
+
+
 @dataclass
 class TaskArgs:
     name: str = option(
-        "15-5", "task: A-B (A classes, then B at a time), 15-1_b .. 15-1_w, or joint", "--task_name"
+        "15-5",
+        "task: A-B (A classes, then B at a time), of VOC also 15-1_b .. 15-1_w, or joint",
+        "--task_name",
     )
     step: int = option(0, "step of the task, from 0", "--task_step", low=0)
     setting: str = option(
@@ -230,7 +329,7 @@ class MemoryArgs:
 class DataArgs:
     data_root: str = option(
         "data/VOC2012",
-        "VOC2012 folder, or the VOCdevkit above it",
+        "folder of the data set; of VOC: VOC2012, or the VOCdevkit above it",
         "--data_root",
         complain=_no_path,
         incidental=True,
@@ -241,6 +340,7 @@ class DataArgs:
         "--allow_val_in_train",
         incidental=True,
     )
+    dataset: DataSet = section(DataSet)
     task: TaskArgs = section(TaskArgs)
     train: TrainSet = section(TrainSet)
     val: EvalSet = section(EvalSet)

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,16 +10,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs.options import Config
+from data_loader.data_root import DataRoot, LabelIndex, in_both
 from data_loader.dataset import LabelledImages
 from data_loader.memory import Memory, Source, build_memory, stored_entries
-from data_loader.tasks import CLASS_NAMES, check_step, get_task
+from data_loader.tasks import check_step, get_task
 from data_loader.transforms import EvalTransform, TrainTransform, whole
-from data_loader.voc import VOC2012, LabelIndex, in_both
 from utils.distributed import barrier, first_process_first, rank
 from utils.errors import UserError
 from utils.logging import log
-
-VOC_COUNTS = (10582, 1449)  # images in VOC's train_aug.txt (with SBD) and val.txt
+from utils.visualize import VOID
 
 
 class TrainBatches(Sampler[list[tuple[int, int]]]):
@@ -96,20 +94,21 @@ def cores() -> int:
 
 
 class StepData:
-    """The images and labels of one step of a task, from a VOC folder."""
+    """The images and labels of one step of a task, from the folder of its data set."""
 
     def __init__(self, config: Config):
         self.config, self.seed = config.data, config.seed
-        self.task = get_task(config.task.name, config.task.setting)
+        self.set = config.data.dataset
+        self.task = get_task(config.task.name, config.task.setting, self.set.classes)
         self.step = config.task.step
         check_step(self.task, self.step)
-        self.voc = VOC2012(self.config.data_root, config.task.idxs_path)
-        self.lists = self.voc.read_lists(self.config.allow_val_in_train)
+        self.root = DataRoot(self.config.data_root, config.task.idxs_path, self.set)
+        self.lists = self.root.read_lists(self.config.allow_val_in_train)
         self.indices = {
-            name: first_process_first(lambda images=images: self.voc.index(images, cores()))
+            name: first_process_first(lambda images=images: self.root.index(images, cores()))
             for name, images in self.lists.items()
         }
-        other = self.voc.other_labels(self.lists["val"])
+        other = self.root.other_labels(self.lists["val"])
         self.other_val_labels = first_process_first(lambda: self._other_index(other))
 
     def _other_index(self, other):
@@ -118,18 +117,17 @@ class StepData:
         Labels that are not used stop nothing: what is wrong with them is for the log.
         """
         try:
-            return (other.ids, self.voc.index(other, cores())) if other.ids else None
+            return (other.ids, self.root.index(other, cores())) if other.ids else None
         except UserError as error:
             return error
 
     def describe(self) -> None:
         """Write to the log where images and labels come from, and what is doubtful about them."""
         train, val = self.lists["train"], self.lists["val"]
-        if all(re.fullmatch(r"\d{4}_\d{6}", name) for name in (*train.ids, *val.ids)):
-            counts = len(train.ids), len(val.ids)
-            if counts != VOC_COUNTS:
-                found, published = (f"{a:,} and {b:,}" for a, b in (counts, VOC_COUNTS))
-                log.info(f"training and validation images: {found} (VOC 2012 with SBD: {published})")
+        counts = [len(train.ids), len(val.ids)]
+        if self.set.counts and counts != self.set.counts:
+            found, whole = (f"{a:,} and {b:,}" for a, b in (counts, self.set.counts))
+            log.info(f"training and validation images: {found} (the whole of {self.set.name}: {whole})")
         both = in_both(train, val)
         if both:
             log.warning(f"{len(both)} validation images are trained on, {both[0]} first")
@@ -174,7 +172,7 @@ class StepData:
     def _without_image(self, split, classes):
         """Names of those of the classes that no image of a split of this step shows."""
         shown = self._index(split).present[self.select(split)].any(axis=0)
-        return ", ".join(CLASS_NAMES[c] for c in classes if not shown[c])
+        return ", ".join(self.task.named(c for c in classes if not shown[c]))
 
     @property
     def classes(self) -> list[int]:
@@ -200,10 +198,10 @@ class StepData:
         """The training images of this step with the train transform, before replay is added."""
         dataset = self._dataset("train", TrainTransform(_crop(self.config.train)))
         if not len(dataset):
-            names = ", ".join(CLASS_NAMES[c] for c in self.task.steps[self.step])
+            names = ", ".join(self.task.named(self.task.steps[self.step]))
             raise UserError(
                 f"step {self.step} of {self.task.name} ({self.task.setting}) has no training image "
-                f"in {self.voc.root}: none shows {names}"
+                f"in {self.root.root}: none shows {names}"
             )
         return dataset
 
@@ -238,13 +236,14 @@ class StepData:
             return None
         before = self.step - 1
         if previous and not previous.is_dir():
-            names = ", ".join(CLASS_NAMES[c] for c in self.task.steps[before])
+            names = ", ".join(self.task.named(self.task.steps[before]))
             if before:
                 log.warning(f"no memory in {previous}: only {names} can be drawn")
             previous = None
         visible, old = self.task.visible(before, "train"), self.task.seen(before)
         chosen = self.select("train", before)
-        source = Source(self.lists["train"], self._index("train"), chosen, visible, previous)
+        names = dict(self.task.names)
+        source = Source(self.lists["train"], self._index("train"), chosen, visible, previous, names)
         if rank() == 0:
             build_memory(folder, source, old, self._kind, settings.mem_size, self.seed)
         barrier()
@@ -260,6 +259,8 @@ class StepData:
         files = self.lists["train" if split == "train" else "val"]
         hidden = getattr(self.config, split).args.masking_value
         table = self.task.label_table(self.task.visible(self.step, split), hidden)
+        if self.set.zero == "void":
+            table[0] = VOID
         chosen = self.select(split)
         ids, images, labels = (
             [column[i] for i in chosen] for column in (files.ids, files.images, files.labels)

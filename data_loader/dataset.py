@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
+from data_loader.data_root import read_image, read_label
 from data_loader.memory import Memory
-from data_loader.voc import read_image, read_label
 from utils.visualize import VOID
 
 MEAN = (0.485, 0.456, 0.406)  # ImageNet, RGB in [0, 1]

@@ -19,8 +19,7 @@ import torch
 from PIL import Image
 from scipy import ndimage
 
-from data_loader.tasks import CLASS_NAMES
-from data_loader.voc import ImageList, LabelIndex, read_image, read_label
+from data_loader.data_root import ImageList, LabelIndex, read_image, read_label
 from utils.checkpoint import cannot_write, json_digest, write_json
 from utils.errors import UserError
 from utils.logging import log
@@ -38,7 +37,7 @@ DRAW_ANEW = (
 
 @dataclass(frozen=True)
 class Entry:
-    """One stored instance. Classes are VOC numbers; place and sizes in pixels."""
+    """One stored instance. Classes are ids as in label maps; place and sizes in pixels."""
 
     id: str
     drawn_for: int
@@ -56,7 +55,7 @@ class Memory:
     """A stored memory, loaded: packed crops and their labels in channels."""
 
     def __init__(self, folder: Path, table: np.ndarray):
-        """table: uint8 [256] from VOC classes to channels. UserError if the store is damaged."""
+        """table: uint8 [256] from classes to channels. UserError if the store is damaged."""
         self.folder = folder
         manifest = read_manifest(folder)
         self.digest = manifest["sha256"]
@@ -119,8 +118,8 @@ def _check_entry(entry):
     numbers = [entry.drawn_for, *entry.classes, *place]
     if not all(type(n) is int and n >= 0 for n in numbers) or len(entry.canvas) != 2:
         raise ValueError(f"the entry {entry.file} has numbers that are none")
-    if max(entry.drawn_for, *entry.classes) >= len(CLASS_NAMES):
-        raise ValueError(f"the entry {entry.file} is of a class that VOC does not have")
+    if max(entry.drawn_for, *entry.classes) >= VOID:
+        raise ValueError(f"the entry {entry.file} is of a class that no label map has")
     if entry.top + entry.height > entry.canvas[0] or entry.left + entry.width > entry.canvas[1]:
         raise ValueError(f"the entry {entry.file} does not fit on its canvas")
 
@@ -149,7 +148,7 @@ class Source:
     """Where a memory is drawn from: the training images of step t-1, and the memory before it.
 
     chosen: indices of those images in the list; visible: the classes whose labels they show;
-    previous: folder of the memory of step t-1, None where there is none.
+    previous: folder of the memory of step t-1, None where there is none; names: of all classes.
     """
 
     files: ImageList
@@ -157,6 +156,7 @@ class Source:
     chosen: np.ndarray
     visible: tuple[int, ...]
     previous: Path | None
+    names: dict[int, str]
 
 
 def build_memory(
@@ -186,7 +186,7 @@ def build_memory(
     images, entries = candidates(source, kind)
     shown = [*(classes for _, classes in images), *(tuple(e.classes) for e in entries)]
     lists = balanced_draw(shown, old_classes, budget, np.random.default_rng((seed, len(old_classes))))
-    _report(lists, budget)
+    _report({source.names[c]: len(picks) for c, picks in lists.items()}, budget)
 
     temporary = folder.with_name(f"{folder.name}.unfinished")
     stored = []
@@ -204,7 +204,7 @@ def build_memory(
                     stored.append(_carry(temporary, name, source.previous, entry, c))
     except OSError as error:
         raise cannot_write(temporary, error) from None
-    numbers = {CLASS_NAMES[c]: [k for k, e in enumerate(stored) if e.drawn_for == c] for c in lists}
+    numbers = {source.names[c]: [k for k, e in enumerate(stored) if e.drawn_for == c] for c in lists}
     manifest = {**settings, "lists": numbers, "entries": [asdict(entry) for entry in stored]}
     manifest["sha256"] = json_digest(manifest)
     write_json(temporary / MANIFEST, manifest)
@@ -268,8 +268,8 @@ def balanced_draw(
     return lists
 
 
-def _report(lists, budget):
-    counts = {CLASS_NAMES[c]: len(picks) for c, picks in lists.items()}
+def _report(counts, budget):
+    """Write to the log how many entries were drawn for each class, by its name."""
     text = ", ".join(f"{name} {count}" for name, count in counts.items())
     total = sum(counts.values())
     log.info(f"memory: {total} entries ({text})")
@@ -283,7 +283,7 @@ def _report(lists, budget):
 def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:
     """Write image i of the list as an entry."""
     image = read_image(files.images[i]).permute(1, 2, 0).numpy()
-    label = read_label(files.labels[i])
+    label = read_label(files.labels[i], files.zero)
     canvas = list(label.shape)
     keep = np.isin(label, classes)
     if kind == "instance":

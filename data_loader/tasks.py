@@ -1,28 +1,27 @@
 """Tasks: which classes come in which step, and what a step sees of an image's label.
 
-Pure: names, tuples and arrays, no files. Classes are VOC numbers 1..20; *channels* number them in
-learning order, so that logit channel k belongs to the k-th class learned and 0 to the background.
+Pure: names, tuples and arrays, no files. Classes are ids as in the label maps of the data set;
+*channels* number them in learning order, so that logit channel k belongs to the k-th class learned and
+0 to the background.
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
+from configs.options import VOC_CLASSES
 from utils.errors import UserError
 from utils.visualize import VOID
 
-NUM_CLASSES = 20
-CLASS_NAMES = (
-    "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
-    "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-    "train", "tvmonitor",
-)  # fmt: skip
 SETTINGS = ("overlap", "disjoint", "sequential")
 ALIASES_OF_5_3 = ("5-3-60", "5-3-140", "5-3-180")
-PUBLISHED = ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3")
+PUBLISHED = (
+    "19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3", "100-50", "100-10", "100-5", "50-50"
+)  # fmt: skip
 
-# Class orders of the tasks 15-1_b .. 15-1_w.
+# Class orders of the tasks 15-1_b .. 15-1_w of twenty classes, as places in the learning order.
 ORDERS = {
     "b": "12 9 20 7 15 8 14 16 5 19 4 1 13 2 11 17 3 6 18 10",
     "c": "13 19 15 17 9 8 5 20 4 3 10 11 18 16 7 12 14 6 1 2",
@@ -51,11 +50,12 @@ ORDERS = {
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its steps' classes (VOC numbers) in learning order, and its setting."""
+    """A task: its steps' classes in learning order, its setting, and the names of all classes."""
 
     name: str
     setting: str
     steps: tuple[tuple[int, ...], ...]
+    names: tuple[tuple[int, str], ...]
 
     @property
     def order(self) -> tuple[int, ...]:
@@ -73,7 +73,12 @@ class Task:
 
     def class_names(self, step: int) -> list[str]:
         """Names by channel, background first, of all classes seen at a step."""
-        return [CLASS_NAMES[c] for c in (0, *self.seen(step))]
+        return ["background", *self.named(self.seen(step))]
+
+    def named(self, classes: Iterable[int]) -> list[str]:
+        """Names of classes."""
+        names = dict(self.names)
+        return [names[c] for c in classes]
 
     def visible(self, step: int, split: str) -> tuple[int, ...]:
         """Classes whose labels are shown: C^0..C^t, but C^t alone in training (not in sequential)."""
@@ -81,12 +86,13 @@ class Task:
         return self.steps[step] if hides else self.seen(step)
 
     def label_table(self, visible: tuple[int, ...], hidden: int = 0) -> np.ndarray:
-        """Table uint8 [256] from VOC labels to channels.
+        """Table uint8 [256] from ids in label maps to channels.
 
-        visible: the classes that get their channel; void stays, all other classes get `hidden`.
+        visible: the classes that get their channel; all other classes get `hidden`. Void stays, and
+        what is no class of the task is background.
         """
-        table = np.full(256, hidden, dtype=np.uint8)
-        table[0], table[VOID] = 0, VOID
+        table = np.zeros(256, dtype=np.uint8)
+        table[list(self.order)], table[VOID] = hidden, VOID
         for c in visible:
             table[c] = self.order.index(c) + 1
         return table
@@ -94,7 +100,7 @@ class Task:
     def select(self, step: int, split: str, present: np.ndarray) -> np.ndarray:
         """Indices of the images of a step.
 
-        present: bool [images, 21], true where an image shows a class (VOC numbers, of all labels).
+        present: bool [images, ids], true where an image shows a class, of all labels.
         Train and val: images that show a class of C^t (disjoint and sequential: and, for train,
         no class of a later step). Test: images that show a class of C^0..C^t.
         """
@@ -106,40 +112,54 @@ class Task:
         return np.flatnonzero(chosen)
 
 
-def get_task(name: str, setting: str) -> Task:
+def get_task(name: str, setting: str, classes: dict[str, int] | None = None) -> Task:
     """The task of that name, or UserError saying which exist.
 
-    Names: A-B (A classes first, then B at a time, up to 20), 15-1_b .. 15-1_w, joint; and 5-3-60,
-    5-3-140, 5-3-180, which the release's data_loader/task.py defines as 5-3.
+    classes: names and ids of the data set's classes in learning order, as configs.options.DataSet has
+    them; None: those of VOC 2012.
+    Names: A-B (A classes first, then B at a time, up to all), joint; and where there are twenty classes
+    15-1_b .. 15-1_w, and 5-3-60, 5-3-140, 5-3-180, which the release's data_loader/task.py defines as
+    5-3.
     """
     if setting not in SETTINGS:
         raise UserError(f"unknown setting {setting!r}: choose {', '.join(SETTINGS)}")
-    order, sizes = _parse(name)
+    classes = VOC_CLASSES if classes is None else classes
+    ids = list(classes.values())
+    parsed = _parse(name, len(ids))
+    if parsed is None:
+        examples = [example for example in PUBLISHED if _parse(example, len(ids))]
+        examples += [f"an A-B where B divides {len(ids)}-A"]
+        examples += ["15-1_b .. 15-1_w"] if len(ids) == len(ORDERS["b"].split()) else []
+        raise UserError(f"unknown task {name!r}: choose {', '.join(examples)}, or joint")
+    order, sizes = parsed
     steps, start = [], 0
     for size in sizes:
-        steps.append(tuple(order[start : start + size]))
+        steps.append(tuple(ids[place - 1] for place in order[start : start + size]))
         start += size
-    return Task(name, setting, tuple(steps))
+    names = tuple((number, of) for of, number in classes.items())
+    return Task(name, setting, tuple(steps), names)
 
 
-def _parse(name):
-    order = list(range(1, NUM_CLASSES + 1))
+def _parse(name, total):
+    """Places of the classes in learning order, and how many each step learns; None if there is no such
+    task of `total` classes.
+    """
+    order = list(range(1, total + 1))
     if name == "joint":
-        return order, [NUM_CLASSES]
+        return order, [total]
     name = "5-3" if name in ALIASES_OF_5_3 else name
     match = re.fullmatch(r"([0-9]{1,3})-([0-9]{1,3})(?:_([b-w]))?", name)
-    if match:
-        base, increment = int(match[1]), int(match[2])
-        left = NUM_CLASSES - base
-        if match[3] and (base, increment) == (15, 1):
-            order = [int(c) for c in ORDERS[match[3]].split()]
-        divides = increment > 0 and base > 0 and left >= increment and left % increment == 0
-        if divides and (not match[3] or (base, increment) == (15, 1)):
-            return order, [base] + [increment] * (left // increment)
-    raise UserError(
-        f"unknown task {name!r}: choose {', '.join(PUBLISHED)} or another A-B where B divides 20-A, "
-        "15-1_b .. 15-1_w, or joint"
-    )
+    if not match:
+        return None
+    base, increment = int(match[1]), int(match[2])
+    if match[3]:
+        order = [int(place) for place in ORDERS[match[3]].split()]
+        if (base, increment) != (15, 1) or len(order) != total:
+            return None
+    left = total - base
+    if increment == 0 or base == 0 or left < increment or left % increment:
+        return None
+    return order, [base] + [increment] * (left // increment)
 
 
 def check_step(task: Task, step: int) -> None:

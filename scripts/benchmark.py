@@ -34,12 +34,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.options import Config
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
+from data_loader.data_root import DataRoot, read_image, read_label
 from data_loader.dataset import LabelledImages, TrainDataset, normalize
 from data_loader.memory import Memory
 from data_loader.paste import Bank
 from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
-from data_loader.voc import VOC2012, read_image, read_label
 from models.deeplabv3 import DeepLabV3, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
 from scripts.make_synthetic_voc import make_synthetic_voc
@@ -168,7 +168,7 @@ def index(args: Namespace) -> list[Row]:
                 original = root / kind / f"2007_{i % 200:06d}.{suffix}"
                 shutil.copy(original, root / kind / f"{name}.{suffix}")
         (root / "ImageSets/Segmentation/train_aug.txt").write_text("\n".join(names) + "\n")
-        voc = VOC2012(root)
+        voc = DataRoot(root)
 
         def read():
             voc.index(voc.read_list("train"), cores())
@@ -183,7 +183,7 @@ def loader(args: Namespace) -> list[Row]:
     """One training sample on one core, and its parts: decode, read the label, crop and flip."""
     with tempfile.TemporaryDirectory() as folder, benchmark.set_torch_threads(1):
         root = args.data_root or photographs(Path(folder) / "voc", args.loader_images, 1)
-        files = VOC2012(root).read_list("train")
+        files = DataRoot(root).read_list("train")
         task = get_task("joint", "overlap")
         table = task.label_table(task.order)
         transform = TrainTransform(args.loader_crop)

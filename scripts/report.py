@@ -103,10 +103,10 @@ def published_lines(folder: Path, last: int) -> list[str]:
     """
     try:
         config = load_config(folder / f"step_{last}" / "config.json")[0]
-        task = get_task(config.task.name, config.task.setting)
+        task = get_task(config.task.name, config.task.setting, config.data.dataset.classes)
         if last != len(task.steps) - 1:
             return []
-        results = published(task, val_images(config.data.data_root))
+        results = published(task, val_images(config))
     except (UserError, OSError):
         return []
     lines = [f"{method:<16}{hiou:>8.2f}{miou:>8.2f}" for method, (hiou, miou) in results.items()]

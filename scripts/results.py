@@ -4,7 +4,6 @@ run_experiments.py writes results.csv, a row for each finished step of each run;
 """
 
 import csv
-import functools
 import io
 import json
 import math
@@ -15,8 +14,8 @@ from statistics import mean
 import numpy as np
 
 from configs.options import Config
-from data_loader.tasks import CLASS_NAMES, Task, check_step, get_task
-from data_loader.voc import VOC2012
+from data_loader.data_root import DataRoot
+from data_loader.tasks import Task, check_step, get_task
 from utils.checkpoint import write_atomically
 from utils.errors import UserError
 from utils.metrics import harmonic_mean
@@ -25,23 +24,30 @@ from utils.metrics import harmonic_mean
 GROUPS = {"old": "old", "new": "new", "overall": "all", "harmonic": "hIoU"}
 
 # The columns of results.csv, by what their cells hold. A number that is not known is an empty cell.
+# After these stands the IoU of each class, in the learning order of the data set.
 TEXTS = ("method", "task", "setting")
 INTEGERS = ("seed", "step", "val_images")
 NUMBERS = (
-    *GROUPS.values(), "seconds", "peak_mib", "memory_entries", "memory_bytes", *CLASS_NAMES,
+    *GROUPS.values(), "seconds", "peak_mib", "memory_entries", "memory_bytes", "background",
 )  # fmt: skip
 COLUMNS = (*TEXTS, *INTEGERS, *NUMBERS)
 
-# Published results on VOC 2012 in the setting overlap, in percent: by task and method, the hIoU and the
-# mean IoU of all classes after the last step.
+# Published results in the setting overlap, in percent: by the number of validation images (of VOC 2012
+# and of ADE20K), task and method, the hIoU and the mean IoU of all classes after the last step.
 PUBLISHED = {
-    "19-1": {"DKD": (56.95, 76.13), "DKD-M": (68.14, 77.04)},
-    "15-5": {"DKD": (67.17, 73.95), "DKD-M": (68.96, 74.84)},
-    "15-1": {"DKD": (57.46, 70.50), "DKD-M": (64.09, 72.95)},
-    "10-1": {"DKD": (57.21, 60.43), "DKD-M": (64.89, 66.20)},
-    "5-3": {"DKD": (61.32, 58.98), "DKD-M": (65.02, 63.32)},
+    1449: {
+        "19-1": {"DKD": (56.95, 76.13), "DKD-M": (68.14, 77.04)},
+        "15-5": {"DKD": (67.17, 73.95), "DKD-M": (68.96, 74.84)},
+        "15-1": {"DKD": (57.46, 70.50), "DKD-M": (64.09, 72.95)},
+        "10-1": {"DKD": (57.21, 60.43), "DKD-M": (64.89, 66.20)},
+        "5-3": {"DKD": (61.32, 58.98), "DKD-M": (65.02, 63.32)},
+    },
+    2000: {
+        "100-50": {"DKD": (29.42, 35.55)},
+        "100-10": {"DKD": (26.79, 34.53)},
+        "50-50": {"DKD": (34.77, 34.39)},
+    },
 }
-PUBLISHED_VAL_IMAGES = 1449
 SOURCE = (
     'published: by the DKD project, "Decomposed Knowledge Distillation for Class-Incremental Semantic '
     'Segmentation", NeurIPS 2022, overlap setting; hIoU and mean IoU of all classes'
@@ -53,19 +59,25 @@ def published(task: Task, images: int | None) -> dict[str, tuple[float, float]]:
 
     images: number of images that the results to compare with were validated on, None if it varies.
     Empty for other tasks and settings than those published, and for another number of images than
-    VOC 2012 has.
+    their data sets have.
     """
-    comparable = task.setting == "overlap" and images == PUBLISHED_VAL_IMAGES
-    return PUBLISHED.get(task.name, {}) if comparable else {}
+    return PUBLISHED.get(images, {}).get(task.name, {}) if task.setting == "overlap" else {}
 
 
-@functools.cache
-def val_images(root: str) -> int:
-    """Number of validation images in a data root; UserError if there are none.
+def val_images(config: Config) -> int:
+    """Number of validation images in the data root of a run; UserError if there are none.
 
-    Read once for each root, since reading the list looks for all its files.
+    Read once for each root and list, since reading the list looks for all its files.
     """
-    return len(VOC2012(root).read_list("val").ids)
+    data = config.data
+    key = (data.data_root, data.dataset.val_list)
+    if key not in _VAL_IMAGES:
+        root = DataRoot(data.data_root, description=data.dataset)
+        _VAL_IMAGES[key] = len(root.read_list("val").ids)
+    return _VAL_IMAGES[key]
+
+
+_VAL_IMAGES = {}
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
@@ -96,10 +108,11 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         "setting": task.setting,
         "seed": seed,
         "step": step,
-        "val_images": val_images(config.data.data_root),
+        "val_images": val_images(config),
         **group_means(iou, task, step),
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
+        **dict.fromkeys(config.data.dataset.classes),  # in the data set's order, not in the task's
         **iou,
     }
 
@@ -129,7 +142,8 @@ def _memory(folder):
 def write_results(path: Path, rows: list[dict]) -> None:
     """Write results.csv, whole or not at all. What a row lacks, or has as None, is an empty cell."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    classes = dict.fromkeys(name for row in rows for name in row if name not in COLUMNS)
+    writer = csv.DictWriter(text, [*COLUMNS, *classes], lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
@@ -195,7 +209,7 @@ def _read_row(place, cells):
     if None in cells or None in cells.values():
         raise UserError(f"{place} has more or fewer cells than the header")
     row = {column: cells[column] for column in TEXTS}
-    for column in (*INTEGERS, *NUMBERS):
+    for column in [column for column in cells if column not in TEXTS]:
         try:
             row[column] = int(cells[column]) if column in INTEGERS else _number(cells[column])
         except ValueError:
@@ -206,7 +220,9 @@ def _read_row(place, cells):
 
 
 def _read_rows(path):
-    """The rows of a results.csv, each with its file and line as text for error messages."""
+    """The rows of a results.csv, each with its file and line as text for error messages, and the
+    classes of their data set, numbered in the order of the columns.
+    """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -214,6 +230,7 @@ def _read_rows(path):
             if reader.fieldnames and missing:
                 raise UserError(f"{path} lacks the columns {', '.join(missing)}")
             rows = []
+            columns = [column for column in reader.fieldnames or () if column not in COLUMNS]
             for cells in reader:
                 place = f"{path}, line {reader.line_num}"
                 rows.append((place, _read_row(place, cells)))
@@ -221,7 +238,7 @@ def _read_rows(path):
         raise UserError(f"cannot read {path}: {error}") from None
     if not rows:
         raise UserError(f"{path} is empty: it has no row of results")
-    return rows
+    return rows, {name: number for number, name in enumerate(columns, start=1)}
 
 
 def _compare(task, methods):
@@ -243,9 +260,10 @@ def _compare(task, methods):
 def read_comparisons(path: Path) -> list[Comparison]:
     """A comparison for each task and setting of a results.csv; UserError naming what is wrong in it."""
     tasks = {}
-    for place, row in _read_rows(path):
+    rows, classes = _read_rows(path)
+    for place, row in rows:
         try:
-            task = get_task(row["task"], row["setting"])
+            task = get_task(row["task"], row["setting"], classes)
             check_step(task, row["step"])
         except UserError as error:
             raise UserError(f"{place}: {error}") from None

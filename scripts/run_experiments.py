@@ -34,7 +34,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.options import Config, read_train
+from configs.options import Config, load_config, read_train
 from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
 from scripts.results import row, write_results
@@ -114,8 +114,9 @@ def _folder_name(method):
 def plan(experiment: dict, save_dir: str) -> tuple[list[Sequence], list[Sequence]]:
     """The sequences of step 0 and all others; every flag of every call is checked on the way."""
     bases, others = [], []
+    classes = load_config(ROOT / experiment["config"])[0].data.dataset.classes
     for seed, name in itertools.product(experiment["seeds"], experiment["tasks"]):
-        task = get_task(name, experiment["setting"])
+        task = get_task(name, experiment["setting"], classes)
         step = _step(experiment, save_dir, "step0", seed, name, 0, experiment["step_0"])
         base = Sequence("step0", task, seed, [step])
         bases.append(base)

@@ -1,4 +1,8 @@
-"""Show which images each step of a task trains, validates and tests on."""
+"""Show which images each step of a task trains, validates and tests on.
+
+python scripts/show_splits.py --data_root data/VOC2012 --task_name 15-1
+python scripts/show_splits.py -c configs/config_ade.json --task_name 100-10 --json
+"""
 
 import argparse
 import json
@@ -7,30 +11,24 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.options import DataArgs
+from configs.options import DEFAULT_CONFIG, load_config
 from data_loader.data_loaders import cores
-from data_loader.tasks import CLASS_NAMES, SETTINGS, Task, get_task
-from data_loader.voc import VOC2012
+from data_loader.data_root import DataRoot
+from data_loader.tasks import SETTINGS, Task, get_task
 from utils.errors import UserError, exit_with
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}  # split -> the list it is chosen from
 
 
-def read_splits(
-    root: str | Path,
-    task: Task,
-    cache_dir: str | Path | None = None,
-    allow_val_in_train: bool = False,
-) -> list[dict]:
-    """Per step: `step`, `classes` (VOC numbers), ids of `train`, `val` and `test`, and `shown`.
+def read_splits(root: DataRoot, task: Task, allow_val_in_train: bool = False) -> list[dict]:
+    """Per step: `step`, `classes` (their ids), ids of `train`, `val` and `test`, and `shown`.
 
     `shown`: class -> number of the step's training images that show it.
-    Raises UserError for a data root that cannot be read, and for images of val in train unless
+    Raises UserError for lists and labels that cannot be read, and for images of val in train unless
     allow_val_in_train.
     """
-    voc = VOC2012(root, cache_dir)
-    lists = voc.read_lists(allow_val_in_train)
-    present = {name: voc.index(images, cores()).present for name, images in lists.items()}
+    lists = root.read_lists(allow_val_in_train)
+    present = {name: root.index(images, cores()).present for name, images in lists.items()}
     steps = []
     for step, classes in enumerate(task.steps):
         chosen = {split: task.select(step, split, present[name]) for split, name in SPLITS.items()}
@@ -57,7 +55,8 @@ def format_table(task: Task, steps: list[dict]) -> str:
     ]
     for step in steps:
         sizes = "".join(f"{len(step[split]):>8}" for split in SPLITS)
-        names = [f"{CLASS_NAMES[c]} {count}" for c, count in step["shown"].items()]
+        counts = zip(task.named(step["shown"]), step["shown"].values(), strict=True)
+        names = [f"{name} {count}" for name, count in counts]
         for row in range(0, len(names), 5):
             head = f"{step['step']:>4}{sizes}" if row == 0 else " " * 28
             lines.append(f"{head}  {', '.join(names[row : row + 5])}")
@@ -66,13 +65,14 @@ def format_table(task: Task, steps: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    default = DataArgs()
-    parser.add_argument("--data_root", default=default.data_root, help="VOC 2012 (%(default)s)")
-    parser.add_argument("--task_name", default=default.task.name, help="task (%(default)s)")
-    parser.add_argument(
-        "--task_setting", default=default.task.setting, help=f"{', '.join(SETTINGS)} (%(default)s)"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    of_it = "(that of the configuration)"
+    parser.add_argument("-c", "--config", default=DEFAULT_CONFIG, help="JSON configuration of the data")
+    parser.add_argument("--data_root", help=f"folder of the data set {of_it}")
+    parser.add_argument("--task_name", help=f"task {of_it}")
+    parser.add_argument("--task_setting", help=f"{', '.join(SETTINGS)} {of_it}")
     parser.add_argument("--idxs_path", help="folder of the label index (inside the data root)")
     parser.add_argument(
         "--allow_val_in_train", choices=("on", "off"), default="off", help="images in both lists (off)"
@@ -80,8 +80,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", action="store_true", help="all image ids, as JSON")
     args = parser.parse_args(argv)
     try:
-        task = get_task(args.task_name, args.task_setting)
-        steps = read_splits(args.data_root, task, args.idxs_path, args.allow_val_in_train == "on")
+        data = load_config(args.config)[0].data
+        name, setting = args.task_name or data.task.name, args.task_setting or data.task.setting
+        task = get_task(name, setting, data.dataset.classes)
+        root = DataRoot(args.data_root or data.data_root, args.idxs_path, data.dataset)
+        steps = read_splits(root, task, args.allow_val_in_train == "on")
     except UserError as error:
         exit_with(error)
     print((format_json if args.json else format_table)(task, steps))

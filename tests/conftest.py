@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs.options import parse_eval, parse_train
-from data_loader import voc
+from data_loader import data_root
 from scripts.make_synthetic_voc import make_synthetic_voc
 from trainer.run import evaluate_checkpoint, train
 from utils.distributed import launch
@@ -48,8 +48,8 @@ def command(
 
     Labels are scanned without workers: those of a loader that an error ended are slow to collect.
     """
-    scan = voc._scan
-    monkeypatch.setattr(voc, "_scan", lambda images, _: scan(images, 0))
+    scan = data_root._scan
+    monkeypatch.setattr(data_root, "_scan", lambda images, _, description: scan(images, 0, description))
 
     def call(script: str, *arguments) -> SimpleNamespace:
         parse, work = COMMANDS[script]

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from configs.options import Config
+from configs.options import VOC_CLASSES, Config
 from utils.config import get, options, put
 
+CLASS_NAMES = ("background", *VOC_CLASSES)
 PROJECT = Path(__file__).resolve().parents[1]
 
 SMALL = {

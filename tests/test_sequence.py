@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from data_loader.data_root import scan_label
 from data_loader.tasks import get_task
-from data_loader.voc import scan_label
 from scripts.make_synthetic_voc import make_synthetic_voc
 from tests.helpers import PROJECT
 from utils.checkpoint import read_checkpoint
@@ -67,7 +67,7 @@ def keep_few_images(root):
     chosen = {}
     for line in path.read_text().splitlines():
         file = f"{root}{line.split()[1]}"
-        pixels, regions = scan_label(np.array(Image.open(file)), Path(file))
+        pixels, regions = scan_label(np.array(Image.open(file)), Path(file), 20)
         classes = np.flatnonzero(pixels[1:]) + 1
         for step, members in enumerate(steps):
             if set(classes) <= set(members):

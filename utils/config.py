@@ -6,6 +6,7 @@ path, such as "trainer.epochs". This module declares none; configs/options.py de
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import json
@@ -20,7 +21,9 @@ from typing import Any, TypeVar
 from utils.errors import UserError
 
 T = TypeVar("T")
-TYPE_NAMES = {int: "an integer", float: "a number", str: "a string", bool: "true or false"}
+TYPE_NAMES = {
+    int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "an object"
+}  # fmt: skip
 
 
 def option(
@@ -54,8 +57,8 @@ def option(
         help=help, flags=flags, choices=choices, low=low, high=high, complain=complain,
         switch=switch, bare=bare, incidental=incidental, old=old or {}, used=used,
     )  # fmt: skip
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
+    if isinstance(default, (list, dict)):
+        return field(default_factory=lambda: copy.copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

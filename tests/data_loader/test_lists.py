@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_loader import data_loaders, voc
+from data_loader import data_loaders, data_root
 from data_loader.data_loaders import StepData
-from data_loader.voc import VOC2012
+from data_loader.data_root import DataRoot
 from scripts.show_splits import main as show_splits
 from tests.helpers import small_config
 from utils.errors import UserError
@@ -22,7 +22,7 @@ def list_file(root: Path, name: str) -> Path:
 def refusal(root: Path, split: str = "val") -> str:
     """The one line with which a list is refused."""
     with pytest.raises(UserError) as refused:
-        VOC2012(root).read_list(split)
+        DataRoot(root).read_list(split)
     assert "\n" not in str(refused.value)
     return str(refused.value)
 
@@ -64,9 +64,9 @@ class TestHowAListIsWritten:
     )
     def test_what_editors_and_tools_make_of_it_is_the_same_list(self, own_root, write):
         path = list_file(own_root, "val")
-        before = VOC2012(own_root).read_list("val")
+        before = DataRoot(own_root).read_list("val")
         path.write_bytes(write[1](path.read_text()))
-        assert VOC2012(own_root).read_list("val") == before
+        assert DataRoot(own_root).read_list("val") == before
 
     @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-32", "latin-1"])
     def test_a_list_in_another_encoding_is_refused_in_one_line(self, own_root, encoding):
@@ -118,7 +118,7 @@ class TestWhatAListNames:
 
     def test_a_repeated_image_is_refused_however_it_is_written(self, own_root):
         path = list_file(own_root, "val")
-        ids = VOC2012(own_root).read_list("val").ids
+        ids = DataRoot(own_root).read_list("val").ids
         again = f"{ids[4]}\n./JPEGImages//{ids[2]}.jpg /SegmentationClassAug/{ids[2]}.png\n{ids[4]}\n"
         path.write_text(path.read_text() + again)
         message = refusal(own_root)
@@ -135,7 +135,7 @@ class TestWhatAListNames:
                 (own_root / copy).write_bytes((own_root / source).read_bytes())
             lines += [f"{image} {label}", " ".join(copies)]
         list_file(own_root, "val").write_text("\n".join(lines))
-        assert len(VOC2012(own_root).read_list("val").ids) == 6
+        assert len(DataRoot(own_root).read_list("val").ids) == 6
 
 
 class TestValidationImagesInTraining:
@@ -144,7 +144,7 @@ class TestValidationImagesInTraining:
         with pytest.raises(UserError) as refused:
             StepData(small_config(own_root, tmp_path))
         message = str(refused.value)
-        assert message.startswith("7 validation images are in the training list train_aug.txt too")
+        assert message.startswith("7 validation images are in the training list too")
         assert f"{ids[0]} first" in message and "--allow_val_in_train on" in message
 
     def test_a_list_made_by_listing_the_label_folder_is_refused(self, own_root, tmp_path):
@@ -177,18 +177,16 @@ class TestDescription:
         StepData(small_config(voc_root, tmp_path, task_name="joint")).describe()
         assert [line for level, line in logged if level == "warning"] == []
 
-    def test_other_numbers_of_images_than_voc_has(self, voc_root, tmp_path, logged, monkeypatch):
+    def test_other_numbers_of_images_than_voc_has(self, voc_root, tmp_path, logged):
         data = StepData(small_config(voc_root, tmp_path))
         data.describe()
-        line = "training and validation images: 60 and 20 (VOC 2012 with SBD: 10,582 and 1,449)"
+        line = "training and validation images: 60 and 20 (the whole of VOC 2012: 10,582 and 1,449)"
         assert ("info", line) in logged
         logged.clear()
-        monkeypatch.setattr(data_loaders, "VOC_COUNTS", (60, 20))
-        data.describe()
-        monkeypatch.setattr(data_loaders, "VOC_COUNTS", (1, 1))
-        data.lists["train"].ids[0] = "no_id_of_voc"
-        data.describe()
-        assert not [line for _, line in logged if "VOC 2012 with SBD" in line]
+        for counts in ([60, 20], []):
+            data.set.counts = counts
+            data.describe()
+        assert not [line for _, line in logged if "the whole of" in line]
 
     @staticmethod
     def erase(root, list_name, *classes):
@@ -214,7 +212,7 @@ class TestDescription:
         assert warnings[0].startswith("no test image shows bicycle, bus: an IoU of 0 is no error")
 
     def test_a_label_that_is_not_used_stops_nothing(self, own_root, tmp_path, logged):
-        name = VOC2012(own_root).read_list("val").labels[3].name
+        name = DataRoot(own_root).read_list("val").labels[3].name
         (own_root / "SegmentationClass").mkdir()
         (own_root / "SegmentationClass" / name).write_bytes(b"no image")
         StepData(small_config(own_root, tmp_path)).describe()
@@ -227,7 +225,7 @@ class TestFilesThatCannotBeFound:
 
     @pytest.fixture
     def image(self, own_root):
-        return VOC2012(own_root).read_list("val").images[3]
+        return DataRoot(own_root).read_list("val").images[3]
 
     def test_a_link_whose_target_is_gone(self, own_root, image):
         image.unlink()
@@ -242,10 +240,10 @@ class TestFilesThatCannotBeFound:
         assert "symbolic links" in refusal(own_root)
 
     def test_a_link_to_a_file_is_as_good_as_the_file(self, own_root, image, tmp_path):
-        before = VOC2012(own_root).read_list("val")
+        before = DataRoot(own_root).read_list("val")
         image.rename(tmp_path / "elsewhere.jpg")
         image.symlink_to(tmp_path / "elsewhere.jpg")
-        assert VOC2012(own_root).read_list("val") == before
+        assert DataRoot(own_root).read_list("val") == before
 
     @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
     def test_a_folder_or_a_pipe_in_place_of_a_file(self, own_root, image, make):
@@ -257,12 +255,12 @@ class TestFilesThatCannotBeFound:
         def forbid(path):
             raise PermissionError(13, "Permission denied", str(path))
 
-        monkeypatch.setattr(voc.os, "scandir", forbid)
+        monkeypatch.setattr(data_root.os, "scandir", forbid)
         message = refusal(own_root)
         assert message == f"cannot read the folder {own_root / 'JPEGImages'}: Permission denied"
 
     def test_a_file_that_is_gone_once_the_list_is_read(self, own_root, image):
-        data = VOC2012(own_root)
+        data = DataRoot(own_root)
         images = data.read_list("val")
         image.unlink()
         with pytest.raises(UserError, match=f"^cannot read the file {image}: No such file"):
@@ -279,11 +277,11 @@ class TestFilesThatCannotBeFound:
         def forbid(path, **_):
             raise error
 
-        monkeypatch.setattr(voc.os, "stat", forbid)
+        monkeypatch.setattr(data_root.os, "stat", forbid)
         with pytest.raises(UserError, match=f"^cannot read the data root {own_root}: {reason}$"):
-            VOC2012(own_root)
+            DataRoot(own_root)
 
     @pytest.mark.parametrize("root", ["a\0b", "~nobody_of_that_name/x", "x" * 5000])
     def test_a_data_root_that_no_system_has(self, root):
         with pytest.raises(UserError):
-            VOC2012(root)
+            DataRoot(root)

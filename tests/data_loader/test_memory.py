@@ -17,8 +17,8 @@ from data_loader import memory as memory_module
 from data_loader.data_loaders import StepData
 from data_loader.dataset import TrainDataset, normalize
 from data_loader.memory import balanced_draw, read_manifest
-from data_loader.tasks import CLASS_NAMES, get_task
-from tests.helpers import small_config, snapshot
+from data_loader.tasks import get_task
+from tests.helpers import CLASS_NAMES, small_config, snapshot
 from utils.errors import UserError
 
 VOID = 255

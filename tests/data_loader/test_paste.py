@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from configs.options import PasteArgs
+from data_loader.data_root import read_label
 from data_loader.dataset import normalize
 from data_loader.paste import VIEWS, Bank, PasteAugmentation, _cropped
 from data_loader.transforms import TrainTransform
-from data_loader.voc import read_label
 from models.losses import auxiliary_sum, bce_sum, distillation_sum, sum_over_images
 from scripts.plain import Place, Stored, plain_paste, plain_view
 from tests.no_waiting import Waits, no_waiting

@@ -7,7 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from data_loader.tasks import CLASS_NAMES, ORDERS, SETTINGS, check_step, get_task
+from data_loader.tasks import ORDERS, SETTINGS, check_step, get_task
+from tests.helpers import CLASS_NAMES
 from utils.errors import UserError
 
 ORDERS_SHA256 = "27949090e290c16a0ba14584de73f91a0683b93b0ca3f7960a3c6892d01b2f25"

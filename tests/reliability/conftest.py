@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_loader.voc import VOC2012
+from data_loader.data_root import DataRoot
 from scripts.make_synthetic_voc import make_synthetic_voc
 from tests.reliability.runs import RUN, STEP_1, copy, flags, kill_before, note_changes, result, run
 
@@ -16,7 +16,7 @@ from tests.reliability.runs import RUN, STEP_1, copy, flags, kill_before, note_c
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set of 24 images with its label index, to be read only."""
     root = make_synthetic_voc(tmp_path_factory.mktemp("reliability") / "voc", 24, 8, 64, 3)
-    voc = VOC2012(root)
+    voc = DataRoot(root)
     for split in ("train", "val"):
         voc.index(voc.read_list(split))
     return root

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from configs.options import Config, EvalCall, TrainCall, load_config, read_eval, read_train
+from data_loader.data_root import DataRoot
 from data_loader.memory import MANIFEST, Memory
-from data_loader.voc import VOC2012
 from tests.helpers import small_config
 from tests.reliability.runs import RUN
 from trainer.output import check_not_stale, has_results, is_finished, where_to_start
@@ -187,4 +187,4 @@ def test_list_of_images(root, tmp_path_factory, lines, end):
         shutil.copytree(root, fuzzed)
     text = end.join(lines).encode(errors="surrogatepass")
     (fuzzed / "ImageSets/Segmentation/train_aug.txt").write_bytes(text)
-    accepts(lambda: VOC2012(fuzzed).read_list("train"))
+    accepts(lambda: DataRoot(fuzzed).read_list("train"))

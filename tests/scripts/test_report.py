@@ -11,10 +11,13 @@ import pytest
 from PIL import Image
 
 from configs.options import Config
-from data_loader.tasks import CLASS_NAMES, get_task
+from data_loader.tasks import get_task
+from scripts import results
 from scripts.report import class_iou_figure, forgetting_figure, main, mean_iou_figure
-from scripts.results import COLUMNS, read_comparisons
-from tests.helpers import PROJECT, error_line, run_script
+from scripts.results import read_comparisons
+from tests.helpers import CLASS_NAMES, PROJECT, error_line, run_script
+
+COLUMNS = [*results.COLUMNS, *CLASS_NAMES[1:]]
 
 
 def make_row(method, seed, step, iou=(60,), task="10-5", setting="overlap", **cells) -> dict:
@@ -254,7 +257,7 @@ NO_NUMBER = {**make_row("EIR", 1, 0), "cat": "abc"}
     [
         ([], COLUMNS, "is empty"),
         ([], (), "is empty"),
-        (make_run(), [c for c in COLUMNS if c not in ("cat", "seed")], "lacks the columns seed, cat"),
+        (make_run(), [c for c in COLUMNS if c not in ("all", "seed")], "lacks the columns seed, all"),
         ([make_run()[0], NO_NUMBER], COLUMNS, "line 3, column cat: 'abc' is not a number"),
         (make_run(all="nan"), COLUMNS, "line 2, column all: 'nan' is not a number"),
         (make_run(val_images=""), COLUMNS, "line 2, column val_images: '' is not an integer"),

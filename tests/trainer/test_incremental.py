@@ -13,7 +13,6 @@ from PIL import Image
 
 from data_loader.data_loaders import StepData
 from data_loader.memory import read_manifest
-from data_loader.tasks import CLASS_NAMES
 from models.deeplabv3 import DeepLabV3, predict
 from scripts.plain import (
     plain_bce,
@@ -23,7 +22,7 @@ from scripts.plain import (
     plain_pseudo_labels,
     plain_soft_labels,
 )
-from tests.helpers import error_line, small_config, snapshot, train_flags
+from tests.helpers import CLASS_NAMES, error_line, small_config, snapshot, train_flags
 from tests.no_waiting import no_waiting
 from tests.trainer.steps import assert_same_step, raw_batch, run, silent_meter, training_mode
 from trainer import output

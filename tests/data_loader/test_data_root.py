@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
-from data_loader import voc
-from data_loader.voc import VOC2012, check_photograph, read_image, read_label, scan_label
+from data_loader import data_root
+from data_loader.data_root import DataRoot, check_photograph, read_image, read_label, scan_label
 from tests.helpers import PROJECT
 from utils.errors import UserError
 from utils.visualize import voc_palette
@@ -80,14 +80,14 @@ LABELS = arrays(
 @example(np.array([[3, 255, 3]], np.uint8))  # void does not join two parts
 @given(LABELS)
 def test_scan_counts_pixels_and_regions_like_a_flood_fill(label):
-    pixels, regions = scan_label(label, Path("x.png"))
+    pixels, regions = scan_label(label, Path("x.png"), 20)
     assert (pixels.tolist(), regions.tolist()) == count_by_hand(label)
 
 
 @pytest.mark.parametrize(("split", "name"), [("train", "train_aug"), ("val", "val")])
 @pytest.mark.parametrize("workers", [0, 2])
 def test_index_of_a_root_equals_a_reading_of_its_label_maps(voc_root, tmp_path, split, name, workers):
-    data = VOC2012(voc_root, tmp_path)
+    data = DataRoot(voc_root, tmp_path)
     images = data.read_list(split)
     index = data.index(images, workers)
     assert images.labels == label_files(voc_root, name)
@@ -106,13 +106,13 @@ class TestCache:
             def fail(*_):
                 raise AssertionError("label maps were scanned")
 
-            monkeypatch.setattr(voc, "_scan", fail)
+            monkeypatch.setattr(data_root, "_scan", fail)
 
         return forbid
 
     @staticmethod
     def read(root, cache=None):
-        data = VOC2012(root, cache)
+        data = DataRoot(root, cache)
         return data.index(data.read_list("val"))
 
     def test_unchanged_root_is_not_scanned_again(self, own_root, no_scan):
@@ -208,7 +208,7 @@ class TestCache:
                 self.read(own_root)
             replace(source, target)
 
-        monkeypatch.setattr(voc.os, "replace", build_another_first)
+        monkeypatch.setattr(data_root.os, "replace", build_another_first)
         index = self.read(own_root)
         assert [path.name for path in (own_root / "label_index").iterdir()] == ["val.npz"]
         assert np.array_equal(index.pixels, self.read(own_root).pixels)
@@ -232,15 +232,15 @@ class TestCache:
             raise OSError(28, "No space left on device")
 
         warnings = []
-        monkeypatch.setattr(voc.log, "warning", warnings.append)
-        monkeypatch.setattr(voc.np, "savez_compressed", full)
+        monkeypatch.setattr(data_root.log, "warning", warnings.append)
+        monkeypatch.setattr(data_root.np, "savez_compressed", full)
         assert len(self.read(own_root).pixels) == 20
         assert len(warnings) == 1 and "No space left on device" in warnings[0]
         assert not list((own_root / "label_index").iterdir())
 
     def test_unwritable_cache_folder_only_warns(self, own_root, tmp_path, monkeypatch):
         warnings = []
-        monkeypatch.setattr(voc.log, "warning", warnings.append)
+        monkeypatch.setattr(data_root.log, "warning", warnings.append)
         blocked = tmp_path / "a_file"
         blocked.write_text("")
         index = self.read(own_root, blocked)
@@ -252,10 +252,10 @@ class TestCache:
 class TestLists:
     def test_bare_ids_name_the_same_files_as_pairs_of_paths(self, own_root):
         path = own_root / "ImageSets/Segmentation/val.txt"
-        pairs = VOC2012(own_root).read_list("val")
+        pairs = DataRoot(own_root).read_list("val")
         path.write_text("\n".join(f" {i} " for i in pairs.ids) + "\n\n")
-        assert VOC2012(own_root).read_list("val") == pairs
-        assert VOC2012(own_root).other_labels(pairs).ids == []
+        assert DataRoot(own_root).read_list("val") == pairs
+        assert DataRoot(own_root).other_labels(pairs).ids == []
 
     @pytest.mark.parametrize(
         ("split", "name", "first"),
@@ -264,17 +264,17 @@ class TestLists:
     def test_a_bare_id_has_its_label_in_one_of_two_folders(self, own_root, split, name, first):
         """In the split's own folder, else in the other one; what the other one has too is known."""
         path = own_root / f"ImageSets/Segmentation/{name}.txt"
-        ids = VOC2012(own_root).read_list(split).ids
+        ids = DataRoot(own_root).read_list(split).ids
         path.write_text("\n".join(ids))
         augmented, plain = own_root / "SegmentationClassAug", own_root / "SegmentationClass"
         plain.mkdir()
         (augmented / f"{ids[0]}.png").rename(plain / f"{ids[0]}.png")
         (plain / f"{ids[1]}.png").write_bytes((augmented / f"{ids[1]}.png").read_bytes())
-        images = VOC2012(own_root).read_list(split)
+        images = DataRoot(own_root).read_list(split)
         assert images.labels[0] == plain / f"{ids[0]}.png"
         assert images.labels[1] == own_root / first / f"{ids[1]}.png"
         assert images.labels[2] == augmented / f"{ids[2]}.png"
-        others = VOC2012(own_root).other_labels(images)
+        others = DataRoot(own_root).other_labels(images)
         assert others.ids == [ids[1]] and others.labels[0].parent in (augmented, plain)
         assert others.labels[0] != images.labels[1]
 
@@ -283,13 +283,13 @@ class TestLists:
         target = tmp_path / "top" / above
         target.parent.mkdir(parents=True, exist_ok=True)
         own_root.rename(target)
-        assert len(VOC2012(tmp_path / "top").read_list("val").ids) == 20
+        assert len(DataRoot(tmp_path / "top").read_list("val").ids) == 20
 
     def test_roots_that_are_none(self, tmp_path):
         with pytest.raises(UserError, match=r"nowhere does not exist: .*--data_root"):
-            VOC2012(tmp_path / "nowhere")
+            DataRoot(tmp_path / "nowhere")
         with pytest.raises(UserError, match="has no JPEGImages"):
-            VOC2012(tmp_path)
+            DataRoot(tmp_path)
 
     @pytest.mark.parametrize(
         ("content", "words"),
@@ -306,15 +306,15 @@ class TestLists:
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(UserError, match=words):
-            VOC2012(own_root).read_list("val")
+            DataRoot(own_root).read_list("val")
 
     def test_missing_files_are_counted_and_the_first_five_named(self, own_root):
-        images = VOC2012(own_root).read_list("train")
+        images = DataRoot(own_root).read_list("train")
         gone = [*images.images[3:7], *images.labels[10:13]]
         for path in gone:
             path.unlink()
         with pytest.raises(UserError) as refused:
-            VOC2012(own_root).read_list("train")
+            DataRoot(own_root).read_list("train")
         message = str(refused.value)
         assert message.startswith("7 files")
         assert all(str(path) in message for path in gone[:5])
@@ -326,7 +326,7 @@ class TestFiles:
 
     @staticmethod
     def refusal(root):
-        data = VOC2012(root)
+        data = DataRoot(root)
         with pytest.raises(UserError) as refused:
             data.index(data.read_list("train"))
         assert "\n" not in str(refused.value)
@@ -363,7 +363,7 @@ class TestFiles:
 
     @pytest.mark.parametrize("keep", [0, 0.7])
     def test_torn_photograph(self, own_root, keep):
-        path = VOC2012(own_root).read_list("train").images[0]
+        path = DataRoot(own_root).read_list("train").images[0]
         data = path.read_bytes()
         path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
         with pytest.raises(UserError, match=f"cannot read the image {path}"):
@@ -380,7 +380,7 @@ class TestFiles:
     def test_a_file_that_cannot_be_read_in_training_is_one_line(
         self, own_root, monkeypatch, kind, damage
     ):
-        images = VOC2012(own_root).read_list("train")
+        images = DataRoot(own_root).read_list("train")
         path = {"image": images.images[0], "label": images.labels[0]}[kind]
         data = path.read_bytes()
         path.unlink()
@@ -395,7 +395,7 @@ class TestFiles:
             def forbid(path):
                 raise PermissionError(13, "Permission denied", str(path))
 
-            monkeypatch.setattr(voc.Image, "open", forbid)
+            monkeypatch.setattr(data_root.Image, "open", forbid)
         with pytest.raises(UserError) as refused:
             {"image": read_image, "label": read_label}[kind](path)
         message = str(refused.value)
@@ -419,7 +419,7 @@ class TestLabelFormats:
 
     def scan(self, root, write):
         """Write the label with write(path) and build the index; the label's path."""
-        data = VOC2012(root)
+        data = DataRoot(root)
         images = data.read_list("val")
         path = images.labels[5]
         Image.new("RGB", self.LABEL.shape[::-1]).save(images.images[5])
@@ -433,7 +433,7 @@ class TestLabelFormats:
         with pytest.raises(UserError) as refused:
             self.scan(root, write)
         message = str(refused.value)
-        assert "\n" not in message and VOC2012(root).read_list("val").labels[5].name in message
+        assert "\n" not in message and DataRoot(root).read_list("val").labels[5].name in message
         return message
 
     def coloured(self, colours):
@@ -489,11 +489,23 @@ class TestLabelFormats:
     @pytest.mark.parametrize(
         ("changes", "words"),
         [
-            ({"id_15": (0, 128, 0)}, "class id 15 the colour (0, 128, 0), which means bicycle in VOC"),
-            ({"id_15": (1, 2, 200)}, "class id 15 the colour (1, 2, 200), which means no class"),
-            ({"id_0": (224, 224, 192)}, "class id 0 the colour (224, 224, 192), which means void"),
-            ({"id_255": (192, 128, 128)}, "id 255 the colour (192, 128, 128), which means person"),
-            ({"id_15": (1, 1, 1)}, "class id 15 the colour (1, 1, 1), which means background"),
+            (
+                {"id_15": (0, 128, 0)},
+                "class id 15 the colour (0, 128, 0), which in VOC's palette means 2",
+            ),
+            (
+                {"id_15": (1, 2, 200)},
+                "class id 15 the colour (1, 2, 200), which in VOC's palette means no id",
+            ),
+            (
+                {"id_0": (224, 224, 192)},
+                "class id 0 the colour (224, 224, 192), which in VOC's palette means void",
+            ),
+            (
+                {"id_255": (192, 128, 128)},
+                "id 255 the colour (192, 128, 128), which in VOC's palette means 15",
+            ),
+            ({"id_15": (1, 1, 1)}, "class id 15 the colour (1, 1, 1), which in VOC's palette means 0"),
         ],
     )
     def test_the_contradiction_is_named(self, own_root, changes, words):
@@ -531,7 +543,7 @@ class TestLabelFormats:
         image = Image.fromarray(label)
         image.putpalette(voc_palette()[: 2**bits].ravel().tolist())
         image.save(path, bits=bits)
-        data = VOC2012(own_root)
+        data = DataRoot(own_root)
         pixels = data.index(data.read_list("val")).pixels[5]
         assert pixels[:2].tolist() == np.bincount(label.ravel(), minlength=2).tolist()
 
@@ -646,7 +658,7 @@ class TestPhotographFormats:
             assert f"(EXIF orientation {turned})" in self.refusal(tmp_path / "x.img")
 
     def test_a_label_that_was_drawn_on_the_turned_photograph(self, own_root):
-        images = VOC2012(own_root).read_list("val")
+        images = DataRoot(own_root).read_list("val")
         image = Image.new("RGB", (40, 30))
         exif = image.getexif()
         exif[0x0112] = 8
@@ -655,7 +667,7 @@ class TestPhotographFormats:
         with pytest.raises(
             UserError, match=r"is 40x30 \(it is shown turned, .*8\) but its label .* 30x40"
         ):
-            VOC2012(own_root).index(images)
+            DataRoot(own_root).index(images)
 
     @pytest.mark.parametrize(
         "junk", [b"Exif\0\0", b"Exif\0\0garbage", b"Exif\0\0II*\0\x08\0\0\0\xff\xff1"]

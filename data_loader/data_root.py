@@ -1,4 +1,4 @@
-"""The VOC 2012 folder: lists, files, and the label index. Knows nothing of steps.
+"""The folder of a data set: lists, files, and the label index. Knows nothing of steps.
 
 The *label index* holds, for each image of a list and each class, the number of pixels and of
 4-connected regions. It is built once, in parallel, and cached; every split and every memory draw is
@@ -24,15 +24,13 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from data_loader.tasks import CLASS_NAMES, NUM_CLASSES
+from configs.options import DataSet as Description
 from utils.errors import UserError
 from utils.logging import log
 from utils.visualize import VOID, voc_palette
 
-LABEL_FOLDERS = ("SegmentationClassAug", "SegmentationClass")
-LISTS = {"train": "train_aug.txt", "val": "val.txt"}
+SPLITS = ("train", "val")
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change a class id
-VOC_COLOURS = voc_palette()[[*range(NUM_CLASSES + 1), VOID]].astype(int)  # of the classes and void
 PHOTOGRAPH_MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA", "PA")  # 8 bits or less
 
 
@@ -58,32 +56,40 @@ def reading(what: str, path: Path) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images and labels of one list, in the list's order."""
+    """Images and labels of one list, in the list's order; zero: what id 0 means in the labels."""
 
     name: str
     ids: list[str]
     images: list[Path]
     labels: list[Path]
+    zero: str = "background"
 
 
 @dataclass(frozen=True)
 class LabelIndex:
-    """Per image and VOC class: pixels int64 [images, 21] and 4-connected regions, the same."""
+    """Per image and id: pixels int64 [images, 1 + highest id] and 4-connected regions, the same."""
 
     pixels: np.ndarray
     regions: np.ndarray
 
     @property
     def present(self) -> np.ndarray:
-        """bool [images, 21]: the image shows the class."""
+        """bool [images, 1 + highest id]: the image shows the class."""
         return self.pixels > 0
 
 
-class VOC2012:
-    """A VOC2012 folder, or the VOCdevkit above it."""
+class DataRoot:
+    """A data set in its folder; without a description, VOC 2012."""
 
-    def __init__(self, root: str | Path, cache_dir: str | Path | None = None):
-        self.root = _find_root(Path(os.path.expanduser(root)))
+    def __init__(
+        self,
+        root: str | Path,
+        cache_dir: str | Path | None = None,
+        description: Description | None = None,
+    ):
+        """Raises UserError if the folder of the images is not found."""
+        self.set = description or Description()
+        self.root = _find_root(Path(os.path.expanduser(root)), self.set)
         self.cache_dir = Path(cache_dir) if cache_dir else self.root / "label_index"
 
     def read_lists(self, allow_val_in_train: bool = False) -> dict[str, ImageList]:
@@ -92,29 +98,28 @@ class VOC2012:
         Raises UserError as read_list does, and for images that are in both lists, unless
         allow_val_in_train.
         """
-        lists = {split: self.read_list(split) for split in LISTS}
+        lists = {split: self.read_list(split) for split in SPLITS}
         both = in_both(lists["train"], lists["val"])
         if both and not allow_val_in_train:
             raise UserError(
-                f"{len(both)} validation images are in the training list {LISTS['train']} too, "
-                f"{both[0]} first: take them out of it, or train on what is evaluated with "
-                "--allow_val_in_train on"
+                f"{len(both)} validation images are in the training list too, {both[0]} first: take "
+                "them out of it, or train on what is evaluated with --allow_val_in_train on"
             )
         return lists
 
     def read_list(self, split: str) -> ImageList:
-        """The list of `train` (train_aug.txt) or `val` (val.txt); all its files exist, none twice.
+        """The list of `train` or `val`; all its files exist, none twice.
 
         Lines are `/JPEGImages/x.jpg /SegmentationClassAug/x.png` or a bare id; blank lines, line ends
-        of other systems and a byte order mark are left out. The label of a bare id is in
-        SegmentationClassAug, for val in SegmentationClass (as in the release's
-        VOCSegmentationIncremental), or else in the other of the two.
+        of other systems and a byte order mark are left out. The label of a bare id is where the
+        description says; of VOC, in SegmentationClassAug, for val in SegmentationClass (as in the
+        release's VOCSegmentationIncremental), or else in the other of the two. Where the description
+        names no list, all images are taken, in the order of their names.
         Raises UserError for a list that is missing, empty or no text, for an image that stands in it
         twice, and for files that are outside the data root or cannot be found.
         """
-        path = self.root / "ImageSets" / "Segmentation" / LISTS[split]
-        lines = _read_lines(path, split)
         files = _Folder(self.root)
+        path, lines = self._lines(split, files)
         images, labels = zip(*(self._pair(words, path, files, split) for words in lines), strict=True)
         missing = [self.root / f for f in (*images, *labels) if not files.has(f)]
         if missing:
@@ -123,7 +128,20 @@ class VOC2012:
             raise UserError(f"{len(missing)} files named by {path} are missing: {named}{more}")
         _refuse_repeated(images, path)
         images, labels = ([self.root / f for f in column] for column in (images, labels))
-        return ImageList(split, [f.stem for f in images], images, labels)
+        return ImageList(split, [f.stem for f in images], images, labels, self.set.zero)
+
+    def _lines(self, split, files):
+        """The words of each line of a list and its path, or the ids of all images and their folder."""
+        listed = getattr(self.set, f"{split}_list")
+        if listed is None:
+            folder, _, file = getattr(self.set, f"{split}_images").rpartition("/")
+            start, end = file.split("{}")
+            names = sorted(n for n in files.names_in(folder) if n.startswith(start) and n.endswith(end))
+            if not names:
+                raise UserError(f"no image {file.replace('{}', '*')} in {self.root / folder}")
+            return self.root / folder, [[name[len(start) : len(name) - len(end)]] for name in names]
+        path = self.root / listed
+        return path, _read_lines(path, f"{split} list of {self.set.name}")
 
     def _pair(self, words, path, files, split):
         """Image and label of a line, relative to the root."""
@@ -131,12 +149,9 @@ class VOC2012:
             raise UserError(f"{path}: cannot read the line {' '.join(words)!r}: image and label")
         if len(words) == 2:
             return tuple(self._inside(word, path) for word in words)
-        image, *labels = (
-            self._inside(name, path)
-            for name in (f"JPEGImages/{words[0]}.jpg", *(f"{f}/{words[0]}.png" for f in LABEL_FOLDERS))
-        )
-        first, other = labels[:: -1 if split == "val" else 1]
-        return image, other if files.has(other) and not files.has(first) else first
+        patterns = getattr(self.set, f"{split}_images"), *getattr(self.set, f"{split}_labels")
+        image, *labels = (self._inside(pattern.format(words[0]), path) for pattern in patterns)
+        return image, next((label for label in labels if files.has(label)), labels[0])
 
     def _inside(self, name, path):
         """A file that a list names, relative to the root and always written in the same way."""
@@ -148,19 +163,19 @@ class VOC2012:
         return file
 
     def other_labels(self, images: ImageList) -> ImageList:
-        """The images of a list that have a label in the other label folder too, with that label."""
-        files, rows = _Folder(self.root), []
-        for i, label in enumerate(images.labels):
-            if label.parent.name in LABEL_FOLDERS:
-                other = LABEL_FOLDERS[1 - LABEL_FOLDERS.index(label.parent.name)]
-                if files.has(f"{other}/{label.name}"):
-                    rows.append((images.ids[i], images.images[i], self.root / other / label.name))
+        """The images of a list that have a label at another of its paths too, with that label."""
+        patterns, files, rows = getattr(self.set, f"{images.name}_labels"), _Folder(self.root), []
+        for name, image, label in zip(images.ids, images.images, images.labels, strict=True):
+            paths = [self.root / pattern.format(name) for pattern in patterns]
+            others = [path for path in paths if path != label and files.has(_below(path, self.root))]
+            if label in paths and others:
+                rows.append((name, image, others[0]))
         columns = zip(*rows, strict=True) if rows else ([], [], [])
-        return ImageList(f"{images.name}_other", *map(list, columns))
+        return ImageList(f"{images.name}_other", *map(list, columns), self.set.zero)
 
     def index(self, images: ImageList, workers: int = 0) -> LabelIndex:
         """The label index of a list, from the cache if lists and files are unchanged."""
-        key = _fingerprint(images)
+        key = _fingerprint(images, self.set.highest_id)
         cached = self.cache_dir / f"{images.name}.npz"
         try:
             with np.load(io.BytesIO(cached.read_bytes())) as stored:
@@ -169,7 +184,7 @@ class VOC2012:
                     return index
         except Exception:  # no cache, or a damaged one, which raises many kinds: build it anew
             pass
-        index = _scan(images, workers)
+        index = _scan(images, workers, self.set)
         _store(cached, key, index)
         return index
 
@@ -182,13 +197,13 @@ def in_both(train: ImageList, val: ImageList) -> list[str]:
     ]
 
 
-def _read_lines(path, split):
+def _read_lines(path, what):
     """The words of each line of a list that is not blank."""
     with reading("the list", path):
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
-            raise UserError(f"no list {path}: put the {split} list of VOC 2012 there") from None
+            raise UserError(f"no list {path}: put the {what} there") from None
         except UnicodeDecodeError:
             raise UserError(
                 f"cannot read the list {path}: it is no text in UTF-8, save it as such"
@@ -237,9 +252,13 @@ class _Folder:
     def has(self, file):
         """Whether a file, named relative to the root, exists; a link whose target is gone does not."""
         folder, _, name = file.rpartition("/")
+        return name in self.names_in(folder)
+
+    def names_in(self, folder):
+        """Names of the files in a folder below the root; empty if there is none."""
         if folder not in self.names:
             self.names[folder] = self._files(self.root / folder)
-        return name in self.names[folder]
+        return self.names[folder]
 
     def _files(self, path):
         with reading("the folder", path):
@@ -257,25 +276,33 @@ def _is_file(entry):
         return False
 
 
-def _find_root(root):
+def _below(path, root):
+    """A path below a root, as _Folder takes it."""
+    return path.relative_to(root).as_posix()
+
+
+def _find_root(root, description):
+    images = posixpath.dirname(description.train_images)
     with reading("the data root", root):
-        for candidate in (root, root / "VOC2012", root / "VOCdevkit" / "VOC2012"):
+        for candidate in (root / folder for folder in description.folders):
             with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-                if stat.S_ISDIR(os.stat(candidate / "JPEGImages").st_mode):
+                if stat.S_ISDIR(os.stat(candidate / images).st_mode):
                     return candidate
-    what = "has no JPEGImages folder" if root.is_dir() else "does not exist"
+    what = f"has no {images} folder" if root.is_dir() else "does not exist"
+    above = " or ".join(f for f in description.folders if f)
+    below = f", or the one that has {above}" if above else ""
     raise UserError(
-        f"data root {root} {what}: give the VOC2012 folder or the VOCdevkit above it (--data_root)"
+        f"data root {root} {what}: give the folder of {description.name}{below} (--data_root)"
     )
 
 
-def _fingerprint(images):
+def _fingerprint(images, highest_id):
     """Place, names, sizes and times of the files.
 
     st_ctime, the time at which a file's content or attributes changed, cannot be set back as st_mtime
     can, so that a label that was exchanged is noticed even where size and st_mtime are as before.
     """
-    digest = hashlib.sha256(f"3 {images.images[0].parent.resolve()}".encode())
+    digest = hashlib.sha256(f"4 {highest_id} {images.images[0].parent.resolve()}".encode())
     for image, label in zip(images.images, images.labels, strict=True):
         digest.update(f"{image.name} {label.parent.name}/{label.name}".encode())
         for path in (image, label):
@@ -315,8 +342,8 @@ def _store(path, key, index):
 
 
 class _Scanner(Dataset):
-    def __init__(self, images):
-        self.images = images
+    def __init__(self, images, description):
+        self.images, self.set = images, description
 
     def __len__(self):
         return len(self.images.ids)
@@ -329,8 +356,9 @@ class _Scanner(Dataset):
         with reading("the label", path), Image.open(path) as image:
             check_label(image, path)
             label = _class_ids(image, path)
-            counts = scan_label(label, path)
-            check_palette(image, path)
+            counts = scan_label(label, path, self.set.highest_id)
+            if self.set.palette == "voc":
+                check_palette(image, path, self.set.highest_id)
         if label.shape != size[::-1]:
             hint = f" (it is shown turned, by its EXIF orientation {turned})" if turned > 1 else ""
             raise UserError(
@@ -340,28 +368,32 @@ class _Scanner(Dataset):
         return counts
 
 
-def _scan(images, workers):
-    loader = DataLoader(_Scanner(images), batch_size=32, num_workers=workers, collate_fn=np.stack)
+def _scan(images, workers, description):
+    scanner = _Scanner(images, description)
+    loader = DataLoader(scanner, batch_size=32, num_workers=workers, collate_fn=np.stack)
     bar = tqdm(loader, desc=f"label index of {images.name}", unit="batch", disable=None)
     rows = np.concatenate(list(bar))
     return LabelIndex(rows[:, 0], rows[:, 1])
 
 
-def scan_label(label: np.ndarray, path: Path) -> np.ndarray:
-    """Pixels and 4-connected regions of each class: int64 [2, 21], from a label map uint8 [H, W].
+def scan_label(label: np.ndarray, path: Path, highest_id: int) -> np.ndarray:
+    """Pixels and 4-connected regions of each id: int64 [2, 1 + highest_id], from a label map uint8
+    [H, W]. Of id 0 the regions are not counted.
 
-    Raises UserError for a value that is no class of VOC.
+    Raises UserError for a value between highest_id and 255.
     """
     pixels = np.bincount(label.ravel(), minlength=256)
-    wrong = [value for value in np.flatnonzero(pixels) if NUM_CLASSES < value < VOID]
+    wrong = [value for value in np.flatnonzero(pixels) if highest_id < value < VOID]
     if wrong:
-        raise UserError(f"{path} has class id {wrong[0]}: VOC labels are 0..20 and 255")
-    regions = np.zeros(NUM_CLASSES + 1, dtype=np.int64)
-    boxes = ndimage.find_objects(np.where(label == VOID, 0, label), max_label=NUM_CLASSES)
+        raise UserError(
+            f"{path} has class id {wrong[0]}: the labels of this data set are 0..{highest_id} and 255"
+        )
+    regions = np.zeros(highest_id + 1, dtype=np.int64)
+    boxes = ndimage.find_objects(np.where(label == VOID, 0, label), max_label=highest_id)
     for c, box in enumerate(boxes, start=1):
         if box is not None:
             regions[c] = ndimage.label(label[box] == c)[1]
-    return np.stack([pixels[: NUM_CLASSES + 1], regions])
+    return np.stack([pixels[: highest_id + 1], regions])
 
 
 def orientation(image: Image.Image) -> int:
@@ -409,7 +441,7 @@ def check_label(image: Image.Image, path: Path) -> None:
     raise UserError(f"the label {path} {wrong}")
 
 
-def check_palette(image: Image.Image, path: Path) -> None:
+def check_palette(image: Image.Image, path: Path, highest_id: int) -> None:
     """Refuse a palette label whose colours say other classes than its ids.
 
     A tool that saves a label anew may renumber its colours: the picture looks the same, and every class
@@ -419,23 +451,25 @@ def check_palette(image: Image.Image, path: Path) -> None:
     """
     palette = np.array(image.getpalette() if image.mode == "P" else [], dtype=int).reshape(-1, 3)
     count = len(palette)
-    ramp = palette[: NUM_CLASSES + 1]
-    rises = len(ramp) > NUM_CLASSES and (np.diff(ramp[:, 0]) > 0).all()
+    ramp = palette[: highest_id + 1]
+    rises = len(ramp) > highest_id and (np.diff(ramp[:, 0]) > 0).all()
     if not count or (rises and (ramp == ramp[:, :1]).all()):
         return
+    colours = voc_palette()[[*range(highest_id + 1), VOID]].astype(int)
     for value in np.flatnonzero(image.histogram()):
         colour = palette[value] if value < count else np.full(3, -255)
-        meant = np.flatnonzero((abs(VOC_COLOURS - colour) <= 8).all(axis=1))  # tools round differently
+        meant = np.flatnonzero((abs(colours - colour) <= 8).all(axis=1))  # tools round differently
         if value == VOID:
-            fits = not any(0 < c <= NUM_CLASSES for c in meant)
+            fits = not any(0 < c <= highest_id for c in meant)
         else:
             fits = value in meant or (colour == value).all()
         if not fits:
             shown = f"the colour ({', '.join(map(str, colour))})" if value < count else "no colour"
-            name = (*CLASS_NAMES, "void")[meant[0]] if len(meant) else "no class"
+            other = [*range(highest_id + 1), "void"][meant[0]] if len(meant) else "no id"
             raise UserError(
-                f"the label {path} gives class id {value} {shown}, which means {name} in VOC: a tool "
-                "has renumbered it. Use the original file, or save it in grey if the ids are right"
+                f"the label {path} gives class id {value} {shown}, which in VOC's palette means "
+                f"{other}: a tool has renumbered it. Use the original file, or save it in grey if the "
+                "ids are right; a data set with a palette of its own says so in dataset.palette"
             )
 
 
@@ -446,13 +480,18 @@ def read_image(path: Path) -> torch.Tensor:
     return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
-def read_label(path: Path) -> np.ndarray:
-    """A label map of VOC classes: uint8 [H, W]; UserError for a colour image or a damaged file.
+def read_label(path: Path, zero: str = "background") -> np.ndarray:
+    """A label map of class ids: uint8 [H, W]; UserError for a colour image or a damaged file.
+
+    zero: what id 0 means; where it is void, it becomes 255.
 
     What is wrong with its ids or colours was found when the label index was built (check_palette).
     """
     with reading("the label", path), Image.open(path) as image:
-        return _class_ids(image, path)
+        label = _class_ids(image, path)
+    if zero == "void":
+        label[label == 0] = VOID
+    return label
 
 
 def _class_ids(image, path):
@@ -461,6 +500,6 @@ def _class_ids(image, path):
         colour = image.mode in ("RGB", "RGBA", "CMYK", "YCbCr")
         kind = "a colour image" if colour else f"an image of mode {image.mode}"
         raise UserError(
-            f"label {path} is {kind}; class ids are needed (palette or grey PNG, 0..20 and 255)"
+            f"label {path} is {kind}; class ids are needed (palette or grey PNG, 255 for void)"
         )
     return np.array(image)
