@@ -226,7 +226,7 @@ class DataSet:
     )
     train_list: str | None = option(
         "ImageSets/Segmentation/train_aug.txt",
-        "list of the training images; none: all that are there",
+        "list of the training images, below the data root or else the project; none: all images",
     )
     train_images: str = option(
         "JPEGImages/{}.jpg", "path of a training image, {} standing for its id", complain=_no_pattern

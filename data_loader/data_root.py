@@ -29,6 +29,7 @@ from utils.errors import UserError
 from utils.logging import log
 from utils.visualize import VOID, voc_palette
 
+PROJECT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val")
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change a class id
 PHOTOGRAPH_MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA", "PA")  # 8 bits or less
@@ -141,7 +142,9 @@ class DataRoot:
                 raise UserError(f"no image {file.replace('{}', '*')} in {self.root / folder}")
             return self.root / folder, [[name[len(start) : len(name) - len(end)]] for name in names]
         path = self.root / listed
-        return path, _read_lines(path, f"{split} list of {self.set.name}")
+        if not path.exists() and (PROJECT / listed).is_file():
+            path = PROJECT / listed
+        return path, read_lines(path, f"{split} list of {self.set.name}")
 
     def _pair(self, words, path, files, split):
         """Image and label of a line, relative to the root."""
@@ -197,8 +200,11 @@ def in_both(train: ImageList, val: ImageList) -> list[str]:
     ]
 
 
-def _read_lines(path, what):
-    """The words of each line of a list that is not blank."""
+def read_lines(path: Path, what: str) -> list[list[str]]:
+    """The words of each line of a list that is not blank; UserError for a file that is no such list.
+
+    what: which list it is, for the message.
+    """
     with reading("the list", path):
         try:
             text = path.read_bytes().decode("utf-8-sig")

@@ -1,6 +1,12 @@
 """Write a small synthetic data set in the VOC2012 segmentation layout.
 
-Each of the 20 classes has a look of its own: a hue (classes next to each other in id are 126
+python scripts/make_synthetic_voc.py --output data/synthetic
+python scripts/make_synthetic_voc.py --output data/painted --labels data/VOC2012 --size 160
+
+With --labels, the label maps of a VOC root are painted: real sizes, outlines and company of the
+classes, with the looks of the synthetic ones.
+
+Each class has a look of its own: a hue (with 20 classes, those next to each other in id are 126
 degrees apart), a shape and a texture, pastel for even ids and saturated for odd ones. Two classes
 that are next to each other in hue differ in all the rest. Backgrounds and distractors use the same
 shapes and textures with hardly any colour.
@@ -19,12 +25,16 @@ from pathlib import Path
 import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image
+from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from configs.options import DataSet
+from data_loader.data_root import read_lines
+from utils.errors import UserError
 from utils.visualize import VOID, label_image
 
 Spot = tuple[float, float]
-CLASSES = 20
+CLASSES = 20  # unless other many are asked for
 TRAIN, VAL = 0, 1
 OBJECT_COUNTS = (1, 1, 1, 2, 2, 2, 2, 3, 3, 4)
 
@@ -70,9 +80,9 @@ def hsv_to_rgb(hue: float, saturation: float, value: float) -> list[float]:
     return [255 * value * (1 - saturation * max(0.0, min(k, 4 - k, 1.0))) for k in turns]
 
 
-def class_tones(rng: Generator, class_id: int) -> np.ndarray:
+def class_tones(rng: Generator, class_id: int, classes: int) -> np.ndarray:
     """Ground and pattern colour of one object of a class: float64 [2, 3] in 0..255."""
-    hue = 18 * (7 * class_id % CLASSES) + between(rng, -4, 4)
+    hue = 360 / classes * (7 * class_id % classes) + between(rng, -4, 4)
     saturation, values = (0.92, (0.58, 0.92)) if class_id % 2 else (0.52, (0.94, 0.60))
     saturation += between(rng, -0.06, 0.06)
     light = between(rng, 0.88, 1.06)
@@ -86,12 +96,19 @@ def grey_tones(rng: Generator) -> np.ndarray:
 
 
 def paint(
-    rng: Generator, image: np.ndarray, look: int, tones: np.ndarray, centre: Spot, radius: float
+    rng: Generator,
+    image: np.ndarray,
+    look: int,
+    tones: np.ndarray,
+    centre: Spot,
+    radius: float,
+    mask: np.ndarray | None = None,
 ) -> np.ndarray:
     """Draw one object into `image` (float64 [H, W, 3], in place); returns its mask, bool [H, W].
 
-    `look` in 0..34 picks shape and texture, `tones` (float64 [2, 3]) the colours; rotation, aspect,
-    shade and texture phase are drawn. One object in eight is cut in two along a diagonal.
+    `look` modulo 35 picks shape and texture, `tones` (float64 [2, 3]) the colours; rotation, aspect,
+    shade and texture phase are drawn. One object in eight is cut in two along a diagonal. With a mask,
+    that is the object, whatever its look's shape.
     """
     row, column = np.ogrid[: image.shape[0], : image.shape[1]]
     down, right = (row - centre[0]) / radius, (column - centre[1]) / radius
@@ -101,7 +118,8 @@ def paint(
     u = (cosine * right + sine * down) * (stretch * mirror)
     v = (cosine * down - sine * right) / stretch
     gap = 0.25 if rng.integers(8) == 0 else 0.0
-    mask = SHAPES[look % 7](u, v) & (abs(u + v) >= gap)
+    if mask is None:
+        mask = SHAPES[look % 7](u, v) & (abs(u + v) >= gap)
     u, v = u[mask], v[mask]
     period = between(rng, 0.42, 0.58)
     a, b = (x / period + between(rng, -0.5, 0.5) for x in (u, v))
@@ -135,14 +153,14 @@ def canvas_size(rng: Generator, size: int) -> tuple[int, int]:
     return (longer, shorter) if rng.integers(3) == 0 else (shorter, longer)
 
 
-def draw_classes(seed: int, split: int, index: int, count: int) -> list[int]:
+def draw_classes(seed: int, split: int, index: int, count: int, classes: int) -> list[int]:
     """Class ids of the `count` <= 4 objects of an image; twice the same one now and then.
 
-    Every 20 images share four shuffled decks of all the classes, and each object of an image takes
-    its card from another deck, so all classes are drawn about equally often.
+    As many images as there are classes share four shuffled decks of them all, and each object of an
+    image takes its card from another deck, so all classes are drawn about equally often.
     """
-    block, card = divmod(index, CLASSES)
-    decks = np.tile(np.arange(1, CLASSES + 1), (4, 1))
+    block, card = divmod(index, classes)
+    decks = np.tile(np.arange(1, classes + 1), (4, 1))
     return default_rng((seed, split, block, 1)).permuted(decks, axis=1)[:count, card].tolist()
 
 
@@ -168,33 +186,80 @@ def outlines(instances: np.ndarray, width: int) -> np.ndarray:
     return edge
 
 
-def render(seed: int, split: int, index: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image `index` of a split: pixels uint8 [H, W, 3] and label uint8 [H, W] (0..20 and 255)."""
+def render(
+    seed: int, split: int, index: int, size: int, classes: int = CLASSES
+) -> tuple[np.ndarray, np.ndarray]:
+    """Image `index` of a split: pixels uint8 [H, W, 3] and label uint8 [H, W], classes and 255."""
     rng = default_rng((seed, split, index))
     height, width = canvas_size(rng, size)
     image = background(rng, height, width)
     label, instances = np.zeros((2, height, width), np.uint8)
     count = OBJECT_COUNTS[rng.integers(10)]
     taken: list[Spot] = []
-    for number, class_id in enumerate(draw_classes(seed, split, index, count), start=1):
+    for number, class_id in enumerate(draw_classes(seed, split, index, count, classes), start=1):
         centre = free_spot(rng, taken, height, width)
         taken.append(centre)
         radius = between(rng, 0.22, 0.38) * (1.08 - 0.08 * count) * min(height, width)
-        mask = paint(rng, image, class_id, class_tones(rng, class_id), centre, radius)
+        tones = class_tones(rng, class_id, classes)
+        mask = paint(rng, image, class_id, tones, centre, radius)
         label[mask], instances[mask] = class_id, number
     label[outlines(instances, max(1, size // 128))] = VOID
-    image += rng.integers(-9, 10, (height, width, 1))
-    return np.clip(image + 0.5, 0, 255).astype(np.uint8), label
+    return finished(rng, image), label
+
+
+def finished(rng: Generator, image: np.ndarray) -> np.ndarray:
+    """The image with noise, uint8."""
+    image += rng.integers(-9, 10, (*image.shape[:2], 1))
+    return np.clip(image + 0.5, 0, 255).astype(np.uint8)
+
+
+def render_label(seed: int, split: int, index: int, size: int, file: Path):
+    """A real label map, painted: pixels uint8 [H, W, 3] and label uint8 [H, W] as in render.
+
+    file: a label map of VOC's ids, brought to `size` on its longer side with the nearest neighbour.
+    Each connected region of a class is an object of its own. Void pixels stay void in the label and are
+    painted as what is nearest to them.
+    """
+    rng = default_rng((seed, split, index))
+    with Image.open(file) as stored:
+        scale = size / max(stored.size)
+        shape = [max(1, int(side * scale + 0.5)) for side in stored.size]
+        label = np.array(stored.resize(shape, Image.Resampling.NEAREST))
+    image = background(rng, *label.shape)
+    known = label != VOID
+    if known.any():
+        nearest = ndimage.distance_transform_edt(~known, return_distances=False, return_indices=True)
+        shown = label[tuple(nearest)]
+        for class_id in np.unique(shown[shown > 0]).tolist():
+            regions, _ = ndimage.label(shown == class_id)
+            for number, box in enumerate(ndimage.find_objects(regions), start=1):
+                sides = [(s.start + s.stop, s.stop - s.start) for s in box]
+                centre = sides[0][0] / 2, sides[1][0] / 2
+                radius = max(4.0, max(sides[0][1], sides[1][1]) / 2)
+                tones = class_tones(rng, class_id, CLASSES)
+                paint(rng, image, class_id, tones, centre, radius, regions == number)
+    return finished(rng, image), label
 
 
 def make_synthetic_voc(
-    output: Path, train: int = 700, val: int = 150, size: int = 128, seed: int = 0
+    output: Path,
+    train: int = 700,
+    val: int = 150,
+    size: int = 128,
+    seed: int = 0,
+    classes: int = CLASSES,
+    labels: Path | None = None,
 ) -> Path:
     """Write the data set into `output`, a new or empty folder, and return `output`.
 
-    Raises ValueError for an impossible number and FileExistsError for a folder that is not empty.
+    labels: a VOC root whose label maps are painted, `train` and `val` of its lists, drawn by the seed.
+    Raises ValueError for an impossible number, UserError for a root that cannot be read, and
+    FileExistsError for a folder that is not empty.
     """
     least = {"train": (train, 0), "val": (val, 0), "size": (size, 32), "seed": (seed, 0)}
+    least["classes"] = (classes, 1)
+    if classes > 254 or (labels and classes != CLASSES):
+        raise ValueError(f"--classes must be at most 254, and not be given with --labels: {classes}")
     for flag, (value, minimum) in least.items():
         if value < minimum:
             raise ValueError(f"--{flag} must be at least {minimum}, not {value}")
@@ -205,8 +270,12 @@ def make_synthetic_voc(
         (output / folder).mkdir(parents=True, exist_ok=True)
     for split, name, year, count in ((TRAIN, "train_aug", 2007, train), (VAL, "val", 2008, val)):
         lines = []
+        files = drawn_labels(labels, split, count, seed) if labels else None
         for index in range(count):
-            image, label = render(seed, split, index, size)
+            if files:
+                image, label = render_label(seed, split, index, size, files[index])
+            else:
+                image, label = render(seed, split, index, size, classes)
             jpeg = f"/JPEGImages/{year}_{index:06d}.jpg"
             png = f"/SegmentationClassAug/{year}_{index:06d}.png"
             Image.fromarray(image).save(f"{output}{jpeg}", quality=92)
@@ -216,18 +285,48 @@ def make_synthetic_voc(
     return output
 
 
+def drawn_labels(root: Path, split: int, count: int, seed: int) -> list[Path]:
+    """`count` label maps of a split of a VOC root, drawn by the seed, in the order of their list."""
+    name = ("train", "val")[split]
+    files = label_files(root, name)
+    if count > len(files):
+        raise ValueError(
+            f"--{name} must be at most {len(files)}, the {name} list of {root}, not {count}"
+        )
+    drawn = default_rng((seed, split)).permutation(len(files))[:count]
+    return [files[i] for i in sorted(drawn.tolist())]
+
+
+def label_files(root: Path, split: str) -> list[Path]:
+    """The label maps of a list of a VOC root; its photographs need not be there."""
+    description = DataSet()
+    lines = read_lines(root / getattr(description, f"{split}_list"), f"{split} list")
+    files = []
+    for words in lines:
+        name = Path(words[0]).stem
+        paths = [root / pattern.format(name) for pattern in getattr(description, f"{split}_labels")]
+        files.append(next((path for path in paths if path.is_file()), paths[0]))
+    return files
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Write a synthetic data set in VOC2012 layout.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--train", type=int, default=700, help="training images (%(default)s)")
     parser.add_argument("--val", type=int, default=150, help="validation images (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="longer side, up to 1.25 times this")
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
+    parser.add_argument("--classes", type=int, default=CLASSES, help="number of classes (%(default)s)")
+    parser.add_argument("--labels", type=Path, help="VOC root whose label maps are painted")
     args = parser.parse_args(argv)
     try:
-        make_synthetic_voc(args.output, args.train, args.val, args.size, args.seed)
-    except (ValueError, OSError) as error:
+        make_synthetic_voc(
+            args.output, args.train, args.val, args.size, args.seed, args.classes, args.labels
+        )
+    except (ValueError, OSError, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{args.output}: {args.train} training and {args.val} validation images")

@@ -178,3 +178,76 @@ def test_command_line(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.jpg"))) == 3
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 2 and "not empty" in again.stderr
+
+
+def test_other_numbers_of_classes(tmp_path: Path) -> None:
+    root = make_synthetic_voc(tmp_path / "many", train=150, val=0, size=64, classes=150)
+    shown = set()
+    for _, label in pairs(root, "train_aug"):
+        shown |= classes(np.array(Image.open(label)))
+    assert max(shown) > 140 and len(shown) > 100
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with label maps and no photographs."""
+    root = make_synthetic_voc(tmp_path_factory.mktemp("real"), 8, 4, 96, 2)
+    for path in (root / "JPEGImages").iterdir():
+        path.unlink()
+    return root
+
+
+@pytest.fixture(scope="module")
+def painted(real: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_synthetic_voc(tmp_path_factory.mktemp("painted"), 5, 4, 64, 1, labels=real)
+
+
+class TestPainting:
+    """Label maps of a VOC root, painted; here those of synthetic images."""
+
+    def test_labels_are_those_of_the_root_at_the_new_size(self, real: Path, painted: Path) -> None:
+        expected = []
+        for _, path in pairs(real, "val"):
+            label = Image.open(path)
+            scale = 64 / max(label.size)
+            size = [int(side * scale + 0.5) for side in label.size]
+            expected.append(np.array(label.resize(size, Image.Resampling.NEAREST)))
+        found = [np.array(Image.open(label)) for _, label in pairs(painted, "val")]
+        assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
+
+    def test_what_is_drawn_is_different_labels_of_the_list(self, real: Path, painted: Path) -> None:
+        labels = [path.read_bytes() for path in sorted((painted / "SegmentationClassAug").iterdir())]
+        assert len(pairs(painted, "train_aug")) == 5 and len(set(labels)) == 9
+
+    def test_it_is_the_same_again_and_another_with_another_seed(
+        self, real: Path, painted: Path, tmp_path: Path
+    ) -> None:
+        def pixels(root):
+            return [path.read_bytes() for path in sorted((root / "JPEGImages").iterdir())]
+
+        assert pixels(make_synthetic_voc(tmp_path / "a", 5, 4, 64, 1, labels=real)) == pixels(painted)
+        assert pixels(make_synthetic_voc(tmp_path / "b", 5, 4, 64, 2, labels=real)) != pixels(painted)
+
+    def test_objects_have_their_colours_and_void_is_painted(self, painted: Path) -> None:
+        for image, label in pairs(painted, "train_aug"):
+            colours, label = np.array(Image.open(image)).astype(int), np.array(Image.open(label))
+            saturation = np.ptp(colours, axis=-1)
+            objects = ndimage.binary_erosion((label > 0) & (label < 255), iterations=2)
+            assert saturation[objects].mean() > saturation[label == 0].mean() + 40
+
+    @pytest.mark.parametrize(
+        ("flags", "message"),
+        [
+            (["--train", "9"], "--train must be at most 8"),
+            (["--classes", "7"], "not be given with --labels"),
+        ],
+    )
+    def test_bad_input_is_one_line(self, real: Path, tmp_path: Path, capsys, flags, message) -> None:
+        flags = ["--output", str(tmp_path / "new"), "--labels", str(real), "--val", "2", *flags]
+        assert main(["--train", "2", *flags]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+
+    def test_a_root_without_lists_is_one_line(self, tmp_path: Path, capsys) -> None:
+        assert main(["--output", str(tmp_path / "new"), "--labels", str(tmp_path / "nowhere")]) == 2
+        assert "no list" in capsys.readouterr().err
