@@ -207,8 +207,9 @@ def begin(config: Config, resumed: bool, overwrite: bool) -> None:
             log.warning(
                 f"{later} was trained from the step that is trained anew here: --overwrite it too"
             )
-    for unfinished in folder.glob(".*.unfinished"):  # of a run that was killed while it wrote them
-        unfinished.unlink()
+    for place in (folder, config.step_dir(kind="log")):  # of a run that was killed while it wrote them
+        for unfinished in place.glob(".*.unfinished"):
+            unfinished.unlink(missing_ok=True)
     write_json(folder / "config.json", config.to_dict())
 
 

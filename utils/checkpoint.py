@@ -4,13 +4,17 @@ import contextlib
 import hashlib
 import json
 import os
+import pickle
 import re
 import shutil
+import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -25,10 +29,11 @@ except ImportError:  # Windows
 def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """Have write(file) fill a temporary file, sync it, and rename it to path.
 
-    Whatever happens, path holds what it held before or all that was written. Raises UserError where the
-    operating system refuses, which names the path and the space that is left.
+    Whatever happens, path holds what it held before or all that was written, also where two processes
+    write it at once: each has a temporary file of its own, and the last one stays. Raises UserError
+    where the operating system refuses, which names the path and the space that is left.
     """
-    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
@@ -118,11 +123,39 @@ def content_digest(path: Path) -> str:
     return hashlib.sha256("\n".join(parts).encode(errors="replace")).hexdigest()
 
 
+class _NumpyType:
+    """Stands in for numpy.dtype while a checkpoint is read: it keeps the name of a type of numbers."""
+
+    def __init__(self, code, *_):
+        if not isinstance(code, str) or not re.fullmatch(r"[biufc]\d{1,2}", code):
+            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL numpy.dtype of {code!r}")
+        self.code, self.order = code, "="
+
+    def __setstate__(self, state):
+        self.order = ">" if state[1] == ">" else "<"
+
+
+def _numpy_number(kind, data):
+    """Stands in for the function that makes a NumPy scalar from its bytes: a Python number."""
+    if not isinstance(kind, _NumpyType) or not isinstance(data, bytes):
+        raise pickle.UnpicklingError("Unsupported global: GLOBAL numpy scalar of other data")
+    return np.frombuffer(data, np.dtype(kind.order + kind.code), count=1)[0].item()
+
+
+# Trainers often store a NumPy number (the best IoU, say). What its pickle calls is replaced by the
+# functions above, so that no code of NumPy sees what a stranger wrote.
+NUMPY_NUMBERS = [
+    (_NumpyType, "numpy.dtype"),
+    (_numpy_number, "numpy.core.multiarray.scalar"),
+    (_numpy_number, "numpy._core.multiarray.scalar"),
+]
+
+
 def read_file(path: str | Path, what: str = "checkpoint") -> dict:
     """A dictionary written by torch.save, tensors on the CPU; nothing in it is executed.
 
-    Raises UserError if there is no such file, a checksum in its archive is wrong (torch does not look
-    at them), or it holds anything but data.
+    Numbers of NumPy become Python's. Raises UserError if there is no such file, a checksum in its
+    archive is wrong (torch does not look at them), or it holds anything but data.
     """
     path = Path(path)
     try:
@@ -133,14 +166,16 @@ def read_file(path: str | Path, what: str = "checkpoint") -> dict:
                 damaged = archive.testzip()
             if damaged:
                 raise UserError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(NUMPY_NUMBERS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, on files that are refused in one line
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except UserError:
         raise
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
-        foreign = re.search(r"(?:GLOBAL|global|class) `?([\w.]+)`?", str(error))
-        if foreign and "weights_only" in str(error).lower():
+        foreign = _foreign_objects(path, str(error))
+        if foreign:
             raise UserError(
-                f"{path} holds objects besides data ({foreign[1]}), which are not loaded, since that "
+                f"{path} holds objects besides data ({foreign}), which are not loaded, since that "
                 "would run code of the file. If you trust it, load it once with "
                 "torch.load(..., weights_only=False) and save its state_dict alone"
             ) from None
@@ -151,20 +186,44 @@ def read_file(path: str | Path, what: str = "checkpoint") -> dict:
     return content
 
 
-def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint with its `state_dict`, freed of the prefixes that wrappers of modules add.
+def _foreign_objects(path, error):
+    """Names of the objects for which torch.load refused a file; empty where the reason is another."""
+    if "TorchScript" in error:
+        return "a TorchScript program"
+    if "Unsupported operand" in error and zipfile.is_zipfile(path):  # else it is no checkpoint at all
+        return "in another pickle protocol than PyTorch's"
+    found = re.search(r"(?:GLOBAL|global|class|function) `?([\w.]+)`?", error)
+    if not found or "weights_only" not in error.lower():
+        return ""
+    names = {found[1]}
+    with contextlib.suppress(Exception):  # the old format of torch.save names the first one only
+        known = {name for _, name in NUMPY_NUMBERS}
+        names |= {*torch.serialization.get_unsafe_globals_in_checkpoint(path)} - known
+    return ", ".join(sorted(names))
 
-    A file that is a bare state_dict is taken as a checkpoint with nothing else in it.
+
+def read_checkpoint(path: str | Path) -> dict:
+    """A checkpoint with its `state_dict`, freed of what wrappers of modules add to its keys.
+
+    A file that is a bare state_dict is taken as a checkpoint with nothing else in it. Raises UserError
+    where there is none, or two weights have the same key without the wrappers.
     """
     content = read_file(path)
     if content and _is_state_dict(content):
         content = {"state_dict": content}
     if not _is_state_dict(content.get("state_dict")):
-        raise UserError(f"{path} has no state_dict: it is no checkpoint of a model")
-    content["state_dict"] = {
-        key.removeprefix("_orig_mod.").removeprefix("module.").removeprefix("_orig_mod."): value
-        for key, value in content["state_dict"].items()
-    }
+        inside = ", ".join(map(str, content)) or "nothing"
+        raise UserError(
+            f"{path} has no state_dict: it is no checkpoint of a model (in it: {inside}). If its "
+            'weights have another name, save them as {"state_dict": weights}'
+        )
+    weights = {}
+    for key, value in content["state_dict"].items():
+        name = key.replace("_orig_mod.", "").removeprefix("module.")  # torch.compile; several GPUs
+        if name in weights:
+            raise UserError(f"{path} has two weights for {name}: it is no checkpoint of one model")
+        weights[name] = value
+    content["state_dict"] = weights
     return content
 
 

@@ -1,8 +1,11 @@
 """Checkpoints: atomic writes, safe reads, strict loading."""
 
+import argparse
 import os
 import pickle
+from pathlib import PurePosixPath
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -36,8 +39,114 @@ def test_what_is_saved_is_read_back(tmp_path):
     assert torch.equal(found.pop("state_dict")["a"], content.pop("state_dict")["module.a"])
     assert found == content
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["c.pth"]
-    torch.save({"_orig_mod.module.a": torch.ones(2)}, tmp_path / "bare.pth")
-    assert torch.equal(read_checkpoint(tmp_path / "bare.pth")["state_dict"]["a"], torch.ones(2))
+    for wrapped in ("_orig_mod.module.a.b", "module._orig_mod.a.b", "a._orig_mod.b", "module.a.b"):
+        torch.save({wrapped: torch.ones(2)}, tmp_path / "bare.pth")
+        assert torch.equal(read_checkpoint(tmp_path / "bare.pth")["state_dict"]["a.b"], torch.ones(2))
+    torch.save({"module.a": torch.ones(2), "a": torch.ones(2)}, tmp_path / "twice.pth")
+    with pytest.raises(UserError, match="has two weights for a"):
+        read_checkpoint(tmp_path / "twice.pth")
+
+
+NUMBERS = {
+    "float64": np.float64(1.5),
+    "float32": np.float32(-2.5),
+    "half": np.float16(0.5),
+    "int": np.int64(-7),
+    "byte": np.uint8(200),
+    "bool": np.bool_(True),
+    "complex": np.complex64(1 + 2j),
+    "big endian": np.array([7], ">i4")[0],
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_numbers_of_numpy_are_numbers(tmp_path, zipped):
+    """Other trainers keep the best IoU as one; files of NumPy 1 call it by another name."""
+    path = tmp_path / "c.pth"
+    content = {"state_dict": {"a": torch.ones(1)}, "type": np.dtype("float32"), **NUMBERS}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    found = read_checkpoint(path)
+    assert {name: found[name] for name in NUMBERS} == {k: v.item() for k, v in NUMBERS.items()}
+    assert not any(isinstance(value, np.generic) for value in found.values())
+    if not zipped:
+        path.write_bytes(path.read_bytes().replace(b"numpy._core", b"numpy.core"))
+        assert read_checkpoint(path)["int"] == -7
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        ({"args": argparse.Namespace(lr=1), "path": PurePosixPath("x")}, "argparse.Namespace"),
+        ({"array": np.ones(2)}, "numpy._core.multiarray._reconstruct"),
+        ({"best": np.str_("x")}, "numpy.dtype"),
+        ({"type": np.dtype("O")}, "numpy.dtype"),
+        ({"type": np.dtype([("a", "f4")])}, "numpy.dtype"),
+        ({"model": nn.Linear(1, 1)}, "torch.nn.modules.linear.Linear"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_objects_are_refused_by_their_names(tmp_path, content, name, zipped):
+    torch.save({"state_dict": {}, **content}, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match="holds objects besides data") as error:
+        read_checkpoint(tmp_path / "c.pth")
+    assert name in str(error.value) and "weights_only=False" in str(error.value)
+    assert ("PurePosixPath" in str(error.value)) == (zipped and "path" in content)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_a_program_and_weights_of_another_name_are_said(tmp_path):
+    torch.jit.save(torch.jit.script(nn.Linear(1, 1)), tmp_path / "c.pth")
+    with pytest.raises(UserError, match="a TorchScript program"):
+        read_checkpoint(tmp_path / "c.pth")
+    torch.save({"model": {"a": torch.ones(1)}, "epoch": 3}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"no state_dict: .*\(in it: model, epoch\)"):
+        read_checkpoint(tmp_path / "c.pth")
+    torch.save({"state_dict": {}, "x": b"x"}, tmp_path / "c.pth", pickle_protocol=4)
+    with pytest.raises(UserError, match="another pickle protocol"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+class Calls:
+    """Pickled as a call of a function, and a state that is set afterwards."""
+
+    def __init__(self, *parts):
+        self.parts = parts
+
+    def __reduce__(self):
+        return self.parts
+
+
+@pytest.mark.parametrize("place", ["type", "state", "bytes", "kind"])
+def test_what_numbers_of_numpy_are_made_of_is_not_executed(tmp_path, place):
+    trap = Opens(tmp_path / "trap")
+    scalar, kind = np._core.multiarray.scalar, np.dtype("f8")
+    number = {
+        "type": Calls(np.dtype, (trap, False, True)),
+        "state": Calls(np.dtype, ("f8", False, True), trap),
+        "bytes": Calls(scalar, (kind, trap)),
+        "kind": Calls(scalar, (trap, b"12345678")),
+    }[place]
+    torch.save({"state_dict": {}, "best": number}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="objects besides data"):
+        read_checkpoint(tmp_path / "c.pth")
+    assert not (tmp_path / "trap").exists()
+
+
+@pytest.mark.parametrize(
+    "number",
+    [
+        Calls(np._core.multiarray.scalar, (np.dtype("f8"), b"123")),
+        Calls(np._core.multiarray.scalar, (7, b"12345678")),
+        Calls(np.dtype, ("V8", False, True), (3, "|", None, None, None, 8, 1, 0)),
+        Calls(np.dtype, ("f8", False, True), 7),
+        Calls(np.dtype, ()),
+    ],
+)
+def test_forged_numbers_of_numpy_are_refused(tmp_path, number):
+    torch.save({"state_dict": {}, "best": number}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"damaged, or no checkpoint that can|objects besides data"):
+        read_checkpoint(tmp_path / "c.pth")
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -52,6 +161,21 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
         write_atomically(path, fail)
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]
+
+
+def test_two_that_write_one_file_at_once_both_write_it_whole(tmp_path):
+    """As two evaluations with one --output, or two runs where the file system has no locks."""
+    path = tmp_path / "c.json"
+
+    def interrupted(file):
+        file.write(b"first, ")
+        write_atomically(path, lambda other: other.write(b"second"))
+        assert path.read_bytes() == b"second"
+        file.write(b"whole")
+
+    write_atomically(path, interrupted)
+    assert path.read_bytes() == b"first, whole"
+    assert [p.name for p in tmp_path.iterdir()] == ["c.json"]
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path):
