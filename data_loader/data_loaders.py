@@ -1,6 +1,7 @@
 """Loaders: which samples form which batch in which process."""
 
 import collections
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,7 +78,7 @@ def make_loader(dataset: Dataset, batches: Sampler, workers: int, pin: bool) -> 
 
     It draws its workers' seeds from a generator of its own, not from the one that dropout uses.
     """
-    workers = min(workers, cores())
+    workers = _clipped(workers, cores())
     return DataLoader(
         dataset,
         batch_sampler=batches,
@@ -86,6 +87,17 @@ def make_loader(dataset: Dataset, batches: Sampler, workers: int, pin: bool) -> 
         persistent_workers=workers > 0,
         generator=torch.Generator(),
     )
+
+
+@functools.cache  # so that it is said once, and not again for each evaluation
+def _clipped(workers, available):
+    """As many of the workers as there are cores available; a warning where these are fewer."""
+    if workers > available:
+        log.warning(
+            f"{available} loader processes instead of {workers} (--num_workers): this process may use "
+            f"{available} of the machine's cores"
+        )
+    return min(workers, available)
 
 
 def cores() -> int:

@@ -4,7 +4,8 @@
 #   bash scripts/train_voc.sh 5-3 overlap [flags of train_voc.py, for every step]
 # The settings below are the paper's; each can be set from outside, such as EPOCH=30 bash scripts/...
 # BS is per GPU: the paper's 32 are shared by those that this machine shows.
-# LAUNCHER starts a step: "python", or torchrun with its own flags (see scripts/train_voc.slurm).
+# LAUNCHER starts a step: "python", or torchrun with its own flags, in which {step} becomes the step's
+# number, or "evaluation" (see scripts/train_voc.slurm). The report is the first node's.
 set -euo pipefail
 
 if [ $# -lt 2 ]; then
@@ -51,6 +52,12 @@ if [ -z "${BS:-}" ] && [ $((32 % gpus)) -ne 0 ]; then
 fi
 BS=${BS:-$((32 / gpus))}
 
+launch() { # launch NAME PROGRAM FLAGS...; NAME stands for {step}
+    local name=$1
+    shift
+    "${LAUNCH[@]//"{step}"/$name}" "$@"
+}
+
 resume=(--resume auto)
 case " $* " in *" --overwrite "*) resume=() ;; esac
 for ((step = 0; step < steps; step++)); do
@@ -60,11 +67,11 @@ for ((step = 0; step < steps; step++)); do
     else
         own=(--lr "$LR" --freeze_bn)
     fi
-    "${LAUNCH[@]}" "$ROOT/train_voc.py" "${task[@]}" --bs "$BS" "${own[@]}" "$@" \
+    launch "$step" "$ROOT/train_voc.py" "${task[@]}" --bs "$BS" "${own[@]}" "$@" \
         --task_step "$step" "${resume[@]}"
 done
 
 last=("$folder/step_$((steps - 1))"/checkpoint-epoch*.pth)
 checkpoint=$(printf '%s\n' "${last[@]}" | sort -V | tail -n 1)
-"${LAUNCH[@]}" "$ROOT/eval_voc.py" -r "$checkpoint"
-"$PYTHON" "$ROOT/scripts/report.py" "$folder"
+launch evaluation "$ROOT/eval_voc.py" -r "$checkpoint"
+[ "${SLURM_NODEID:-0}" -ne 0 ] || "$PYTHON" "$ROOT/scripts/report.py" "$folder"

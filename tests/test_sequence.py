@@ -175,3 +175,37 @@ def test_the_sequence_script_refuses_an_unknown_task(tmp_path):
     text, _ = process.communicate(timeout=600)
     assert process.returncode == 2 and "error: unknown task '7-4'" in text
     assert list(tmp_path.iterdir()) == []
+
+
+PROGRAMS = {
+    "scontrol": 'echo "first"; echo "second"',
+    "srun": """
+echo "srun $1"; shift
+for node in 0 1; do SLURM_NODEID=$node "$@" || exit $?; done""",
+    "torchrun": 'echo "node $SLURM_NODEID: torchrun $*"',
+    "python": f'''
+[ "$1" = - ] && exec "{sys.executable}" "$@"
+echo "node $SLURM_NODEID: report"''',
+}
+
+
+def test_several_nodes_meet_anew_for_each_step_and_the_first_one_reports(tmp_path):
+    for name, text in PROGRAMS.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"JOB_ID": "7", "JOB_NODELIST": "n[1-2]", "NNODES": "2", "GPUS_ON_NODE": "4"}
+    job = {f"SLURM_{name}": value for name, value in {**job, "CPUS_PER_TASK": "32"}.items()}
+    flags = ["10-10", "overlap", "--save_dir", str(tmp_path)]
+    script = ["-c", 'PATH=$0:$PATH exec bash scripts/train_voc.slurm "$@"', str(tmp_path)]
+    process = bash([*script, *flags], PYTHON=str(tmp_path / "python"), **job)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, text
+    assert "srun --cpus-per-task=32" in text
+    for node in (0, 1):
+        lines = [line for line in text.splitlines() if line.startswith(f"node {node}: torchrun")]
+        starts = "--nnodes 2 --nproc_per_node 4 --rdzv_backend c10d"
+        assert all(starts in line and "--rdzv_endpoint first:29500" in line for line in lines)
+        meetings = [line.split("--rdzv_id ")[1].split()[0] for line in lines]
+        assert meetings == ["7-0", "7-1", "7-evaluation"]
+        assert all(" --bs 4 " in line for line in lines[:2]) and "eval_voc.py -r" in lines[2]
+    assert [line for line in text.splitlines() if line.endswith("report")] == ["node 0: report"]

@@ -166,3 +166,13 @@ def test_evaluation_counts_every_image_once_in_the_same_batches(samples, process
     assert [i for batch in batches for i in batch] == list(range(samples))
     sizes = [len(part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
+
+
+def test_workers_that_have_no_core_are_not_started_and_that_is_said_once(monkeypatch):
+    found = []
+    monkeypatch.setattr(data_loaders.log, "warning", found.append)
+    monkeypatch.setattr(data_loaders, "cores", lambda: 3)
+    data_loaders._clipped.cache_clear()
+    for asked, started in ((2, 2), (3, 3), (7, 3), (7, 3)):
+        assert data_loaders.make_loader([0], [[0]], asked, pin=False).num_workers == started
+    assert len(found) == 1 and found[0].startswith("3 loader processes instead of 7 (--num_workers)")
