@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -38,7 +39,10 @@ def launch(worker: Callable, config, *arguments) -> None:
 
     config: has multiprocessing_distributed, dist_url, dist_backend, rank and world_size.
     """
-    gpus = torch.cuda.device_count()
+    try:
+        gpus = usable_gpus()
+    except UserError as error:
+        exit_with(error)
     if not gpus and os.environ.get("RANK", "0") == "0":
         print(_why_no_gpu(), file=sys.stderr)
     if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
@@ -71,6 +75,27 @@ def launch(worker: Callable, config, *arguments) -> None:
         _run(0, worker, config, None, *arguments)
 
 
+def usable_gpus() -> int:
+    """How many GPUs this process sees.
+
+    Raises UserError where it sees some that torch cannot use, mostly because the driver is too old for
+    it: who does not know would train on the CPU, in as many processes as there are GPUs.
+    """
+    gpus = torch.cuda.device_count()  # asks the driver's library NVML, as nvidia-smi does
+    if not gpus or torch.cuda.is_available():  # asks CUDA
+        return gpus
+    try:
+        torch.cuda.init()
+        reason = "CUDA finds none of them"
+    except Exception as error:  # torch's own words, which name the driver's version
+        reason = " ".join(str(error).split())
+    raise UserError(
+        f"the NVIDIA driver shows {gpus} GPUs, but torch {torch.__version__} cannot use them "
+        f"({reason}): update the driver, install a torch that is made for it, or choose the CPU with "
+        "CUDA_VISIBLE_DEVICES=''"
+    )
+
+
 def _run(local_rank, worker, config, url, *arguments):
     """One process: join the group if there is one, work, leave.
 
@@ -82,7 +107,7 @@ def _run(local_rank, worker, config, url, *arguments):
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a job that is ended, as with Ctrl-C
     try:
         if url:
-            gpus = torch.cuda.device_count()
+            gpus = usable_gpus()
             _join(config, local_rank, url, config.rank * gpus + local_rank, config.world_size * gpus)
         elif local_rank is None:
             _join(config, int(os.environ.get("LOCAL_RANK", 0)))
@@ -125,7 +150,12 @@ def _leave(error):
     dist.destroy_process_group()
 
 
+_store = None  # through which the processes found each other; None for a single one
+_barriers = 0  # how many barriers this process has been at
+
+
 def _join(config, local_rank, url="env://", process=-1, processes=-1):
+    global _store
     # PyTorch imports this module by itself later on. Default arguments in it refer to the group that
     # exists at that moment, and would keep it alive; imported now, they refer to none.
     import torch.distributed.nn
@@ -141,9 +171,12 @@ def _join(config, local_rank, url="env://", process=-1, processes=-1):
     backend = config.dist_backend if cuda else "gloo"
     device = torch.device("cuda", local_rank) if cuda and backend == "nccl" else None
     try:
+        _store, process, processes = next(dist.rendezvous(url, process, processes))
         dist.init_process_group(
-            backend, init_method=url, rank=process, world_size=processes, device_id=device
+            backend, store=_store, rank=process, world_size=processes, device_id=device
         )
+    except dist.DistBackendError:
+        raise  # they have found each other, but NCCL cannot connect them: `explained` keeps its words
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"the processes cannot find each other at {url}: {reason}") from None
@@ -193,8 +226,20 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+    """Wait until all processes are here.
+
+    However long one of them takes, for a download or an index: NCCL's own barrier would give up after
+    ten minutes. They count themselves in the store, and sleep in between, so that a signal ends them.
+    """
+    global _barriers
+    if not dist.is_initialized():
+        return
+    _barriers += 1
+    arrived, complete = f"barrier {_barriers}", f"barrier {_barriers} complete"
+    if _store.add(arrived, 1) == world_size():
+        _store.set(complete, "")
+    while not _store.check([complete]):
+        time.sleep(0.01)
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
@@ -228,7 +273,10 @@ def gather(item) -> list:
 
 
 def first_process_first(work: Callable):
-    """work(), in the first process before the others: what it caches, they find."""
+    """work(), in the first process before the others: what it caches, they find.
+
+    Returns what work() returns in this process. The others wait as long as the first one takes.
+    """
     if rank() == 0:
         result = work()
     barrier()

@@ -29,6 +29,8 @@ def explained(error: BaseException) -> UserError | None:
         return UserError(
             "interrupted: the same command with --resume auto goes on after the last finished epoch"
         )
+    if type(error).__name__ == "DistBackendError":  # of torch.distributed; its lines all say something
+        return UserError(f"the processes cannot be connected: {' '.join(str(error).split())}")
     if "out of memory" in text or isinstance(error, MemoryError) or "can't allocate memory" in text:
         where = "the GPU's memory" if "CUDA" in text else "the memory"
         return UserError(

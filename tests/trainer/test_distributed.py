@@ -2,14 +2,16 @@
 
 import json
 import sys
+import time
 
 import pytest
 import torch
 
 from configs.options import Config
 from tests.helpers import error_line, run_script, train_flags
-from utils.distributed import _join, free_port, launch
-from utils.errors import UserError
+from trainer import setup
+from utils.distributed import _join, free_port, launch, usable_gpus
+from utils.errors import UserError, explained
 
 ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}  # a group of one process
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port")
@@ -70,7 +72,7 @@ FAILING = """
 import sys, torch.distributed as dist
 from configs.options import Config
 from utils.distributed import launch
-from utils.errors import UserError
+from utils.errors import UserError, explained
 
 def work(config):
     dist.get_backend = lambda: "nccl"
@@ -106,8 +108,98 @@ def test_processes_that_cannot_find_each_other_are_an_error(cpu):
         _join(Config(), 0, "tcp://127.0.0.1:x", 0, 2)
 
 
+def test_an_error_of_nccl_keeps_its_words(cpu, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise torch.distributed.DistBackendError("NCCL error in: x.cpp:1\nLast error:\nno route")
+
+    monkeypatch.setattr(torch.distributed, "init_process_group", refuse)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda *place: iter([(None, 0, 1)]))
+    with pytest.raises(torch.distributed.DistBackendError) as found:
+        _join(Config(), 0)
+    line = "the processes cannot be connected: NCCL error in: x.cpp:1 Last error: no route"
+    assert str(explained(found.value)) == line
+
+
+PATIENT = """
+import sys, time
+import torch.distributed as dist
+from configs.options import Config
+from utils.distributed import barrier, first_process_first, launch, rank
+
+def refuse(*args, **kwargs):
+    raise AssertionError("a barrier that gives up")
+
+def slow():
+    time.sleep(float(sys.argv[1]) if rank() == 0 else 0)
+    return time.time()
+
+def work(config):
+    dist.barrier = refuse
+    times = [first_process_first(slow) for _ in range(2)]
+    barrier()
+    print(rank(), *times, flush=True)
+
+launch(work, Config())
+"""
+
+
+def test_processes_wait_for_the_first_one_without_a_limit_of_the_backend():
+    result = run_script(*TWO, free_port(), "--no_python", sys.executable, "-c", PATIENT, 1.5)
+    assert result.returncode == 0, result.stderr
+    lines = (line.split() for line in result.stdout.splitlines())
+    times = {int(rank): [float(t) for t in rest] for rank, *rest in lines}
+    assert all(later > first for first, later in zip(times[0], times[1], strict=True))
+
+
+def test_a_process_that_waits_at_a_barrier_ends_when_another_one_fails():
+    """Its launcher's SIGTERM ends it at once; torchrun would kill it after 30 seconds."""
+    failing = PATIENT.replace("time.sleep(", "rank() or 1 / 0, (")
+    started = time.monotonic()
+    result = run_script(*TWO, free_port(), "--no_python", sys.executable, "-c", failing, 0)
+    assert result.returncode != 0 and "ZeroDivisionError" in result.stderr
+    assert time.monotonic() - started < 25
+
+
+def test_gpus_that_torch_cannot_use_are_an_error_that_names_the_driver(cpu, monkeypatch, capsys):
+    def too_old():
+        raise RuntimeError("The NVIDIA driver on your system is\ntoo old (found version 11040).")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert usable_gpus() == 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(SystemExit) as ended:
+        launch(print, Config(multiprocessing_distributed=True))
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the NVIDIA driver shows 2 GPUs, but torch ")
+    assert "is too old (found version 11040)" in line and "CUDA_VISIBLE_DEVICES=''" in line
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert usable_gpus() == 2
+
+
+@pytest.mark.parametrize(
+    ("norm", "frozen", "cuda", "sent"),
+    [
+        ("bn", False, True, True),
+        ("bn_sync", False, False, True),  # on the CPU it is plain
+        ("bn_sync", False, True, False),
+        ("bn", True, True, False),
+        ("bn_sync", True, False, False),
+    ],
+)
+def test_statistics_are_sent_only_where_they_could_differ(monkeypatch, norm, frozen, cuda, sent):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(setup, "world_size", lambda: 2)
+    monkeypatch.setattr(setup, "DistributedDataParallel", lambda model, **settings: settings)
+    config = Config()
+    config.arch.args.norm_act, config.arch.args.freeze_all_bn = norm, frozen
+    settings = setup.parallel(torch.nn.Linear(1, 1), config, torch.device("cpu"))
+    assert settings["broadcast_buffers"] is sent
+
+
 def test_several_nodes_need_the_place_of_the_first(cpu, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = Config(multiprocessing_distributed=True, world_size=2)
     with pytest.raises(SystemExit) as ended:
         launch(print, config)
