@@ -110,7 +110,9 @@ class _ImageByImage(torch.autograd.Function):
         total = 0
         for i in range(len(logits)):
             with torch.enable_grad(), torch.autocast(logits.device.type, enabled=False):
-                leaf = logits[i : i + 1].detach().to(scale.dtype).requires_grad_()
+                # channel by channel in memory, however the network left them: sums over full-size
+                # channels are then not strided
+                leaf = logits[i : i + 1].detach().to(scale.dtype).contiguous().requires_grad_()
                 terms = terms_of(i, upsample_logits(leaf, size)[0])
                 (gradient[i : i + 1],) = torch.autograd.grad((terms * scale).sum(), leaf)
             total = total + terms.detach()

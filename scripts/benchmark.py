@@ -213,7 +213,8 @@ def loss(args: Namespace) -> list[Row]:
     random = partial(torch.rand, device=device())
     old, channels, k = args.channels - 3, args.channels, 3
     side = -(-args.crop // 16)
-    logits = (8 * random(n, channels, side, side) - 4).requires_grad_()
+    logits = 8 * random(n, channels, side, side) - 4
+    logits = logits.to(memory_format=torch.channels_last).requires_grad_()  # as the network gives them
     teacher = 8 * random(n, old, side, side) - 4
     labels = (random(n, *size) * channels).to(torch.uint8)
     classes = (random(n, k) * (old - 1)).long() + 1

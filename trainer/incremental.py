@@ -91,7 +91,7 @@ class IncrementalStep(Trainer):
                 return {"bce": settings.mbce * bce, "kd": torch.zeros_like(bce)}
             kd = distillation_sum(
                 z,
-                upsample_logits(on_composite[i : i + 1].to(z.dtype), size)[0],
+                upsample_logits(on_composite[i : i + 1].to(z.dtype).contiguous(), size)[0],
                 batch.labels[i],
                 weights.sum(dim=0) > 0,
                 settings.kd_mode,
