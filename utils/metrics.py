@@ -19,7 +19,10 @@ class ConfusionMatrix:
         c = self.channels
         target, prediction = target.flatten().long(), prediction.flatten().long()
         pairs = torch.where(target < c, target * c + prediction, c * c)
-        self.counts += torch.bincount(pairs, minlength=c * c + 1)[: c * c].view(c, c)
+        # bincount counts as well, but waits for the device to learn the greatest pair
+        counts = torch.zeros(c * c + 1, dtype=torch.int64, device=pairs.device)
+        counts.scatter_add_(0, pairs, torch.ones_like(pairs))
+        self.counts += counts[: c * c].view(c, c)
 
 
 def compute_metrics(
