@@ -191,7 +191,11 @@ class Trainer:
             stop_dropout(self.model)
 
     def train_iteration(self, raw: dict, meter: Meter) -> None:
-        """One optimiser step on a batch of the loader, in micro-batches."""
+        """One optimiser step on a batch of the loader, in micro-batches.
+
+        Nothing here waits for the device, but for synchronised batch normalisation (PyTorch's own code,
+        which leaves out processes without images) where that is trained.
+        """
         batches = self.to_device(raw)
         terms = {}
         for batch in batches:
