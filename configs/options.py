@@ -35,7 +35,8 @@ EVALUATED = {
     "multiprocessing_distributed",
     "dist_url",
 }
-DEFAULT_CONFIG = Path(__file__).resolve().parent / "config_voc.json"
+CONFIGS = Path(__file__).resolve().parent
+DEFAULT_CONFIG = CONFIGS / "config_voc.json"
 
 # Keys of configurations of DKD and EIR that are no options here. With None the key means nothing here
 # and is ignored with a warning; else it has one possible value (or several ways to write it), which may
@@ -654,9 +655,14 @@ def load_config(path: str | Path) -> tuple[Config, list[str]]:
     return read_json(Config, path, ACCEPTED)
 
 
-def parse_train(arguments: list[str] | None = None) -> tuple[Config, TrainCall]:
-    """Configuration and request of a call of train_voc.py; bad input ends the process."""
-    return _or_exit(read_train, arguments)
+def parse_train(
+    arguments: list[str] | None = None, default: Path = DEFAULT_CONFIG
+) -> tuple[Config, TrainCall]:
+    """Configuration and request of a call of train_voc.py; bad input ends the process.
+
+    default: the configuration file where the call names none.
+    """
+    return _or_exit(lambda given: read_train(given, default), arguments)
 
 
 def parse_eval(arguments: list[str] | None = None) -> tuple[Config, EvalCall]:
@@ -673,9 +679,9 @@ def _or_exit(read, arguments):
         exit_with(error)
 
 
-def read_train(arguments: list[str]) -> tuple[Config, TrainCall]:
+def read_train(arguments: list[str], default: Path = DEFAULT_CONFIG) -> tuple[Config, TrainCall]:
     """As parse_train, but bad input raises UserError and no device is selected."""
-    config, ignored = load_config(_given("--config", arguments) or DEFAULT_CONFIG)
+    config, ignored = load_config(_given("--config", arguments) or default)
     call = TrainCall(ignored=ignored)
     _read(arguments, config, call, "train_voc.py", "Train one step of a continual task, then test it.")
     if call.overwrite and call.resume:

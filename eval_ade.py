@@ -1,0 +1,10 @@
+"""Evaluate a checkpoint of ADE20K on the test images of its step; as eval_voc.py, which reads the
+configuration beside the checkpoint too.
+"""
+
+from configs.options import parse_eval
+from trainer.run import evaluate_checkpoint
+from utils.distributed import launch
+
+if __name__ == "__main__":
+    launch(evaluate_checkpoint, *parse_eval())
