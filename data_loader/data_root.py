@@ -126,7 +126,10 @@ class DataRoot:
         if missing:
             named = ", ".join(_why_missing(file) for file in missing[:5])
             more = ", ..." if len(missing) > 5 else ""
-            raise UserError(f"{len(missing)} files named by {path} are missing: {named}{more}")
+            raise UserError(
+                f"{len(missing)} files named by {path} are missing: {named}{more} (for VOC, "
+                "scripts/prepare_voc.py --check says what to mend)"
+            )
         _refuse_repeated(images, path)
         images, labels = ([self.root / f for f in column] for column in (images, labels))
         return ImageList(split, [f.stem for f in images], images, labels, self.set.zero)
@@ -209,7 +212,9 @@ def read_lines(path: Path, what: str) -> list[list[str]]:
         try:
             text = path.read_bytes().decode("utf-8-sig")
         except FileNotFoundError:
-            raise UserError(f"no list {path}: put the {what} there") from None
+            raise UserError(
+                f"no list {path}: put the {what} there (for VOC, scripts/prepare_voc.py writes it)"
+            ) from None
         except UnicodeDecodeError:
             raise UserError(
                 f"cannot read the list {path}: it is no text in UTF-8, save it as such"
@@ -347,8 +352,10 @@ def _store(path, key, index):
         )
 
 
-class _Scanner(Dataset):
-    def __init__(self, images, description):
+class Scanner(Dataset):
+    """What scan_label counts in each label of a list; UserError where label or photograph is wrong."""
+
+    def __init__(self, images: ImageList, description: Description):
         self.images, self.set = images, description
 
     def __len__(self):
@@ -375,7 +382,7 @@ class _Scanner(Dataset):
 
 
 def _scan(images, workers, description):
-    scanner = _Scanner(images, description)
+    scanner = Scanner(images, description)
     loader = DataLoader(scanner, batch_size=32, num_workers=workers, collate_fn=np.stack)
     bar = tqdm(loader, desc=f"label index of {images.name}", unit="batch", disable=None)
     rows = np.concatenate(list(bar))

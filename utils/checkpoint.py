@@ -57,7 +57,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
         free = f"; {shutil.disk_usage(existing).free / 2**20:.0f} MiB are free there"
     return UserError(
         f"cannot write {path}: {error.strerror or error}{free}. What was saved before stands; run the "
-        "same command with --resume auto once there is room"
+        "same command again once there is room (a training with --resume auto)"
     )
 
 
