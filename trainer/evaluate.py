@@ -6,7 +6,7 @@ from torch import nn
 
 from data_loader.data_loaders import EvalBatches, StepData, make_loader
 from data_loader.dataset import normalize
-from models.deeplabv3 import predict
+from models.deeplabv3 import predict, upsample_logits
 from utils.distributed import all_sum, rank, world_size
 from utils.metrics import ConfusionMatrix, compute_metrics
 
@@ -32,7 +32,10 @@ def confusion_matrix(
         for batch in loader:
             images = normalize(batch["image"].to(device, non_blocking=True))
             label = batch["label"].to(device, non_blocking=True)
-            matrix.update(label, predict(model(images), score))
+            logits = model(images, upsample=False)
+            for i in range(len(label)):  # one at a time, for the memory of many classes
+                full = upsample_logits(logits[i : i + 1], images.shape[-2:])
+                matrix.update(label[i : i + 1], predict(full, score))
     model.train(was_training)
     return all_sum(matrix.counts).cpu().numpy()
 
