@@ -172,10 +172,11 @@ class DataRoot:
         """The images of a list that have a label at another of its paths too, with that label."""
         patterns, files, rows = getattr(self.set, f"{images.name}_labels"), _Folder(self.root), []
         for name, image, label in zip(images.ids, images.images, images.labels, strict=True):
-            paths = [self.root / pattern.format(name) for pattern in patterns]
-            others = [path for path in paths if path != label and files.has(_below(path, self.root))]
-            if label in paths and others:
-                rows.append((name, image, others[0]))
+            names = [pattern.format(name) for pattern in patterns]
+            others = [file for file in names if self.root / file != label]
+            found = next((file for file in others if files.has(file)), None)
+            if found and len(others) < len(names):
+                rows.append((name, image, self.root / found))
         columns = zip(*rows, strict=True) if rows else ([], [], [])
         return ImageList(f"{images.name}_other", *map(list, columns), self.set.zero)
 
@@ -285,11 +286,6 @@ def _is_file(entry):
         return entry.is_file()
     except OSError:  # a link to where one may not look, or to itself
         return False
-
-
-def _below(path, root):
-    """A path below a root, as _Folder takes it."""
-    return path.relative_to(root).as_posix()
 
 
 def _find_root(root, description):
