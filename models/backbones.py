@@ -114,7 +114,6 @@ def imagenet_weights(backbone: str, file: str | Path | None = None) -> dict[str,
         raise UserError(
             f"there are no ImageNet weights for the backbone {backbone}: --backbone_weights none"
         )
-    own = make_backbone(backbone)[0].state_dict()
     whole, classifier = _whole_network(backbone)
     state = read_file(file, "backbone weights") if file else _download(backbone)
     state = {key: value for key, value in state.items() if key not in classifier}
@@ -130,8 +129,10 @@ def imagenet_weights(backbone: str, file: str | Path | None = None) -> dict[str,
         raise UserError(f"{file} holds weights that are not finite: {not_finite[0]}")
     counts = {key: torch.tensor(0) for key in shapes if key.endswith("num_batches_tracked")}
     state = {**counts, **state}
-    prefix = "model." if backbone.startswith(TIMM) else ""
-    return {key: state[key.removeprefix(prefix)] for key in own}
+    if not backbone.startswith(TIMM):
+        return state
+    # what stands between the last stage and the classifier is no part of the backbone
+    return {key: state[key.removeprefix("model.")] for key in TimmBackbone(backbone).state_dict()}
 
 
 def _whole_network(backbone):
