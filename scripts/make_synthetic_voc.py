@@ -213,7 +213,9 @@ def finished(rng: Generator, image: np.ndarray) -> np.ndarray:
     return np.clip(image + 0.5, 0, 255).astype(np.uint8)
 
 
-def render_label(seed: int, split: int, index: int, size: int, file: Path):
+def render_label(
+    seed: int, split: int, index: int, size: int, file: Path
+) -> tuple[np.ndarray, np.ndarray]:
     """A real label map, painted: pixels uint8 [H, W, 3] and label uint8 [H, W] as in render.
 
     file: a label map of VOC's ids, brought to `size` on its longer side with the nearest neighbour.
@@ -303,6 +305,9 @@ def label_files(root: Path, split: str) -> list[Path]:
     lines = read_lines(root / getattr(description, f"{split}_list"), f"{split} list")
     files = []
     for words in lines:
+        if len(words) == 2:
+            files.append(root / words[1].lstrip("/"))
+            continue
         name = Path(words[0]).stem
         paths = [root / pattern.format(name) for pattern in getattr(description, f"{split}_labels")]
         files.append(next((path for path in paths if path.is_file()), paths[0]))

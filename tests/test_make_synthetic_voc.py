@@ -215,6 +215,20 @@ class TestPainting:
         found = [np.array(Image.open(label)) for _, label in pairs(painted, "val")]
         assert all(np.array_equal(a, b) for a, b in zip(found, expected, strict=True))
 
+    def test_a_list_that_names_its_labels_has_these(self, real: Path) -> None:
+        """Whatever lies in the folder that a bare id would mean."""
+        other = real / "SegmentationClass"
+        other.mkdir()
+        named = [label for _, label in pairs(real, "val")]
+        try:
+            for path in named:
+                (other / path.name).write_bytes(path.read_bytes())
+            assert script.label_files(real, "val") == named
+        finally:
+            for path in other.iterdir():
+                path.unlink()
+            other.rmdir()
+
     def test_what_is_drawn_is_different_labels_of_the_list(self, real: Path, painted: Path) -> None:
         labels = [path.read_bytes() for path in sorted((painted / "SegmentationClassAug").iterdir())]
         assert len(pairs(painted, "train_aug")) == 5 and len(set(labels)) == 9
