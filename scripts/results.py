@@ -64,20 +64,20 @@ def published(task: Task, images: int | None) -> dict[str, tuple[float, float]]:
     return PUBLISHED.get(images, {}).get(task.name, {}) if task.setting == "overlap" else {}
 
 
+_VAL_IMAGES = {}  # of the lists that were read
+
+
 def val_images(config: Config) -> int:
     """Number of validation images in the data root of a run; UserError if there are none.
 
     Read once for each root and list, since reading the list looks for all its files.
     """
     data = config.data
-    key = (data.data_root, data.dataset.val_list)
+    key = (data.data_root, data.dataset.val_list, data.dataset.val_images)
     if key not in _VAL_IMAGES:
         root = DataRoot(data.data_root, description=data.dataset)
         _VAL_IMAGES[key] = len(root.read_list("val").ids)
     return _VAL_IMAGES[key]
-
-
-_VAL_IMAGES = {}
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
