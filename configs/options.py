@@ -4,6 +4,7 @@ An option stands here once, with its default, its help, its flag and what is all
 reads JSON files and command lines by that, writes the help, and compares two configurations.
 """
 
+import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,11 +31,13 @@ EVALUATED = {
     "data_loader.args.task.setting",
     "data_loader.args.task.step",
     "data_loader.args.train.args.transform_args.crop_size",  # and those of val and test by its flag
+    "data_loader.args.val.args.transform",  # and that of test by its flag
     "data_loader.args.allow_val_in_train",
     "arch.args.backbone",
     "multiprocessing_distributed",
     "dist_url",
 }
+TRAINS = ("overwrite", "prev_checkpoint")  # what a call can ask for, and means nothing to an evaluation
 CONFIGS = Path(__file__).resolve().parent
 DEFAULT_CONFIG = CONFIGS / "config_voc.json"
 
@@ -131,7 +134,10 @@ def _no_norm(kind):
 AT_STEP_0 = (lambda c: c.task.step == 0, "at step 0")
 AT_LATER_STEPS = (lambda c: c.task.step > 0, "at steps >= 1")
 WITH_MEMORY = (lambda c: c.task.step > 0 and c.data.memory.replay != "none", "where the step replays")
-WITH_PASTES = (lambda c: WITH_MEMORY[0](c) and c.data.memory.replay == "eir", "with --replay eir")
+WITH_PASTES = (
+    lambda c: WITH_MEMORY[0](c) and c.data.memory.replay == "eir" and c.data.memory.mem_size > 0,
+    "with --replay eir and a memory",
+)
 WITH_PSEUDO_LABELS = (
     lambda c: c.task.step > 0 and c.hyperparameter.pseudo_labels,
     "at steps >= 1 with pseudo labels",
@@ -140,7 +146,11 @@ WITH_DISTILLATION = (
     lambda c: c.task.step > 0 and c.hyperparameter.kd_mode != "none",
     "at steps >= 1 with distillation",
 )
-WITH_RSKD = (lambda c: c.task.step > 0 and c.hyperparameter.kd_mode == "rskd", "with --kd_mode rskd")
+WITH_KD = (lambda c: c.task.step > 0 and c.hyperparameter.kd > 0, "at steps >= 1 with --kd above 0")
+WITH_RSKD = (
+    lambda c: WITH_KD[0](c) and c.hyperparameter.kd_mode == "rskd",
+    "with --kd_mode rskd and --kd above 0",
+)
 WITH_FUSION = (
     lambda c: WITH_PASTES[0](c) and c.hyperparameter.paste.fusion,
     "with --replay eir and --fusion on",
@@ -275,7 +285,7 @@ class TaskArgs:
 
 @dataclass
 class TransformArgs:
-    crop_size: int = option(512, "side of the square crop, pixels", "--crop_size", low=32)
+    crop_size: int = option(512, "side of the square crop, pixels", "--crop_size", low=32, high=10_000)
 
 
 @dataclass
@@ -287,7 +297,10 @@ class TrainSetArgs:
 @dataclass
 class EvalSetArgs:
     transform: bool = option(
-        True, "shorter side to crop_size and centre crop; false: whole images at their own size"
+        True,
+        "evaluate on the centre crop, the shorter side resized to crop_size; off: on whole images at "
+        "their own size",
+        "--eval_crop",
     )
     transform_args: TransformArgs = section(TransformArgs)
     masking_value: int = option(0, "label of hidden classes: background or void", choices=(0, 255))
@@ -491,7 +504,7 @@ class Hyperparameter:
         "distillation",
         "--kd_mode",
         choices=("none", "plain", "unbiased", "rskd"),
-        used=AT_LATER_STEPS,
+        used=WITH_KD,
     )
     rskd_region: str = option(
         "new",
@@ -551,6 +564,7 @@ class Config:
         "on the CPU too, which pays where the processor has it (AMX)",
         "--amp_dtype",
         choices=("auto", "bf16", "fp16"),
+        used=(lambda c: c.use_amp, "with use_amp in the configuration"),
     )
     multiprocessing_distributed: bool = option(
         False,
@@ -683,7 +697,15 @@ def read_train(arguments: list[str], default: Path = DEFAULT_CONFIG) -> tuple[Co
     """As parse_train, but bad input raises UserError and no device is selected."""
     config, ignored = load_config(_given("--config", arguments) or default)
     call = TrainCall(ignored=ignored)
-    _read(arguments, config, call, "train_voc.py", "Train one step of a continual task, then test it.")
+    parsed = _read(
+        arguments, config, call, "train_voc.py", "Train one step of a continual task, then test it."
+    )
+    if call.test:
+        own_folder = {"name", "trainer.save_dir"}
+        call.unused += _only_in_training(config, parsed, EVALUATED | own_folder)
+        call.unused += [f"--{name} (not with --test)" for name in vars(parsed) if name in TRAINS]
+    elif call.prev_checkpoint and config.task.step == 0:
+        call.unused.append("--prev_checkpoint (only at steps >= 1)")
     if call.overwrite and call.resume:
         raise UserError("--overwrite and --resume exclude each other: give one of them")
     if config.hyperparameter.ignore_thresh is not None and not config.hyperparameter.pseudo_labels:
@@ -710,11 +732,19 @@ def read_eval(arguments: list[str]) -> tuple[Config, EvalCall]:
     parsed = _read(
         arguments, config, call, "eval_voc.py", "Evaluate a checkpoint on its step's test images."
     )
-    given = {o.path: o.metadata["flags"] for o in options(Config) if o.path in vars(parsed)}
-    call.unused = [f"{given[path][0]} (only in training)" for path in given if path not in EVALUATED]
+    call.unused += _only_in_training(config, parsed, EVALUATED)
     if not call.resume:
         raise UserError("give the checkpoint to evaluate with -r FILE")
     return config, call
+
+
+def _only_in_training(config, parsed, evaluated):
+    """The flags that were given and that an evaluation makes no use of, each with the reason."""
+    given = {o.path: o.metadata["flags"][0] for o in options(Config) if o.path in vars(parsed)}
+    unused = [f"{flag} (only in training)" for path, flag in given.items() if path not in evaluated]
+    if "--crop_size" in given.values() and not config.data.test.args.transform:
+        unused.append("--crop_size (not with whole images)")
+    return unused
 
 
 def _given(flag, arguments):
@@ -733,5 +763,9 @@ def _read(arguments, config, call, program, description):
     parsed = parser.parse_args(arguments)
     for target in (call, config):
         apply_flags(target, parsed)
-    call.unused = without_effect(config, parsed)
+    evaluates = call.test or isinstance(call, EvalCall)
+    call.unused = [] if evaluates else without_effect(config, parsed)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if call.device is not None and visible not in (None, call.device):
+        call.unused.append(f"-d (CUDA_VISIBLE_DEVICES={visible} wins)")
     return parsed

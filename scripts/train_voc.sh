@@ -14,6 +14,12 @@ if [ $# -lt 2 ]; then
 fi
 TASK=$1 SETTING=$2
 shift 2
+for flag in "$@"; do
+    case $flag in --task_step | --task_step=* | -r | --resume | --resume=* | --test)
+        echo "error: $flag is for a single step, with train_voc.py: this script trains all of them" >&2
+        exit 2 ;;
+    esac
+done
 ROOT=$(cd "$(dirname "$0")/.." && pwd) # relative paths in the flags stay the caller's
 
 CONFIG=${CONFIG:-configs/config_voc.json}

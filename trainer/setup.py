@@ -12,6 +12,7 @@ from models.backbones import synchronise_bn
 from models.deeplabv3 import freeze_bn
 from utils.distributed import world_size
 from utils.errors import UserError
+from utils.logging import log
 
 
 def seed_everything(seed: int, epoch: int, process: int = 0) -> None:
@@ -26,6 +27,8 @@ def precision(config: Config, device: torch.device) -> torch.dtype:
     """The type that the networks compute in; float32 where there is no mixed precision."""
     asked = config.amp_dtype if config.use_amp else None
     if device.type != "cuda":
+        if asked == "fp16":
+            log.warning("--amp_dtype fp16 needs a GPU: computing in float32")
         return torch.bfloat16 if asked == "bf16" else torch.float32
     if asked == "auto":
         native = torch.cuda.is_bf16_supported(including_emulation=False)

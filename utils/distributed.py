@@ -45,9 +45,14 @@ def launch(worker: Callable, config, *arguments) -> None:
         exit_with(error)
     if not gpus and os.environ.get("RANK", "0") == "0":
         print(_why_no_gpu(), file=sys.stderr)
-    if "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    starts_processes = config.multiprocessing_distributed and gpus * config.world_size > 1
+    if config.dist_url and (launched or not starts_processes) and os.environ.get("RANK", "0") == "0":
+        reason = "torchrun has its own" if launched else "there is one process only"
+        print(f"warning: --dist_url has no effect: {reason}", file=sys.stderr)
+    if launched:
         _run(None, worker, config, None, *arguments)
-    elif config.multiprocessing_distributed and gpus * config.world_size > 1:
+    elif starts_processes:
         url = config.dist_url or f"tcp://127.0.0.1:{free_port()}"
         if config.world_size > 1 and not config.dist_url:
             exit_with(
@@ -125,11 +130,15 @@ def _run(local_rank, worker, config, url, *arguments):
 
 def _unexpected():
     """The error for an exception that nobody foresaw; its traceback is written to a file."""
-    handle, path = tempfile.mkstemp(prefix="eir_error_", suffix=".txt")
-    with open(handle, "w", encoding="utf-8") as file:
-        traceback.print_exc(file=file)
     last = traceback.format_exc().strip().splitlines()[-1]
-    return UserError(f"a fault of this program, please report it: {last} (details in {path})")
+    try:
+        handle, path = tempfile.mkstemp(prefix="eir_error_", suffix=".txt")
+        with open(handle, "w", encoding="utf-8") as file:
+            traceback.print_exc(file=file)
+        details = f"details in {path}"
+    except OSError as error:
+        details = f"its details could not be written: {error.strerror}"
+    return UserError(f"a fault of this program, please report it: {last} ({details})")
 
 
 def _leave(error):

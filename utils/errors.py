@@ -7,6 +7,10 @@ import sys
 import time
 from typing import NoReturn
 
+# What the libraries say when memory runs out, in a loader's process as well, whose exceptions may
+# arrive as text in a RuntimeError.
+NO_MEMORY = r"out of memory|ALLOC_FAILED|(can't|cannot|unable to) allocate|bad[_ ]alloc|MemoryError"
+
 
 class UserError(Exception):
     """Bad input. The message is one line that names the thing and the way out.
@@ -31,18 +35,24 @@ def explained(error: BaseException) -> UserError | None:
         )
     if type(error).__name__ == "DistBackendError":  # of torch.distributed; its lines all say something
         return UserError(f"the processes cannot be connected: {' '.join(str(error).split())}")
-    if "out of memory" in text or isinstance(error, MemoryError) or "can't allocate memory" in text:
-        where = "the GPU's memory" if "CUDA" in text else "the memory"
+    if "received 0 items of ancdata" in text or "Too many open files" in text:
         return UserError(
-            f"{where} is used up: use a smaller --bs, or a larger --accumulate (the same batch in more "
-            "pieces), or a smaller --crop_size; the last checkpoint stands"
+            "too many open files: raise the limit (ulimit -n 65536), or use fewer --num_workers"
         )
     if "shared memory" in text or "Bus error" in text or re.search(r"/torch_\d+_", text):
         return UserError(
             "the loader's processes have too little shared memory (/dev/shm): start the container "
             "with more of it (docker run --shm-size 8g), or use --num_workers 0"
         )
-    if "DataLoader worker" in text:
+    if isinstance(error, MemoryError) or re.search(NO_MEMORY, text, re.IGNORECASE):
+        on_gpu = re.search("cuda|cudnn|cublas", text, re.IGNORECASE)
+        where = "the GPU's memory" if on_gpu else "the memory"
+        return UserError(
+            f"{where} is used up: use a smaller --bs, or a larger --accumulate (the same batch in more "
+            "pieces), or a smaller --crop_size; in an evaluation, a smaller batch_size of val and test "
+            "in the configuration; the last checkpoint stands"
+        )
+    if re.search(r"DataLoader worker.*(exited unexpectedly|killed by signal)", text):
         first = str(error).strip().splitlines()[0]
         return UserError(
             f"a loader process died ({first}): often the system ended it for lack of memory; use fewer "

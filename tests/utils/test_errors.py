@@ -29,6 +29,21 @@ from utils.errors import UserError, explained
             "the memory is used",
         ),
         (MemoryError(), "the memory is used up"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "the GPU's memory is"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "the GPU's memory is used up"),
+        (RuntimeError("std::bad_alloc"), "the memory is used up"),
+        (
+            RuntimeError("Caught _ArrayMemoryError in DataLoader worker process 0.\nOriginal ..."),
+            "the memory is used up",
+        ),
+        (
+            RuntimeError(
+                "unable to allocate shared memory(shm) for file </torch_7_1>: No space left on device"
+            ),
+            "too little shared memory",
+        ),
+        (RuntimeError("received 0 items of ancdata"), "ulimit -n"),
+        (OSError(24, "Too many open files"), "ulimit -n"),
         (RuntimeError("unable to open shared memory object </torch_1_2>"), "--shm-size 8g"),
         (
             RuntimeError("DataLoader worker (pid 7) is killed by signal"),
@@ -47,6 +62,7 @@ def test_a_fault_of_the_program_leaves_its_traceback_in_a_file(cpu, capsys):
         raise KeyError("unforeseen")
 
     assert explained(KeyError()) is None
+    assert explained(RuntimeError("Caught KeyError in DataLoader worker process 0.")) is None
     with pytest.raises(SystemExit) as ended:
         launch(fail, Config())
     (line,) = [text for text in capsys.readouterr().err.splitlines() if text.startswith("error: ")]
