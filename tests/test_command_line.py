@@ -72,6 +72,19 @@ class TestTrainAndEvaluate:
         accuracy = json.loads(output.read_text())["Pixel_Accuracy_Class"]["by_class"]
         assert accuracy["background"] == 0 and max(accuracy.values()) > 0
 
+    def test_whole_images_are_evaluated_by_a_flag(self, trained, tmp_path, command):
+        """The same numbers as by the configuration file; and no other ones without a word."""
+        flag, file = tmp_path / "flag.json", tmp_path / "file.json"
+        checkpoint = ("-r", trained / CHECKPOINT)
+        result = command("eval_voc.py", *checkpoint, "--eval_crop", "off", "--output", flag)
+        assert result.returncode == 0, result.stderr
+        config = json.loads((trained / "config.json").read_text())
+        config["data_loader"]["args"]["test"]["args"]["transform"] = False
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        given = ("-c", tmp_path / "config.json", "--output", file)
+        assert command("eval_voc.py", *checkpoint, *given).returncode == 0
+        assert flag.read_text() == file.read_text() != (trained / "metrics.json").read_text()
+
     def test_train_with_test_evaluates_only(self, trained, voc_root, command):
         before = snapshot(trained)
         flags = train_flags(voc_root, trained.parents[2], epochs=1)
@@ -337,6 +350,8 @@ class TestBadInput:
             ("--task_setting both", "allowed: overlap, disjoint, sequential"),
             ("--epochs many", "--epochs must be an integer, not 'many'"),
             ("--epochs 0", "--epochs is 0; it must be at least 1"),
+            ("--crop_size 999999999", "--crop_size is 999999999; it must be at most 10000"),
+            ("--crop_size 100000", "it must be at most 10000"),
             ("--lr -1", "--lr is -1.0; it must be at least 0"),
             ("--lr nan", "--lr is nan"),
             ("--lr inf", "--lr is inf"),

@@ -170,6 +170,12 @@ def test_the_sequence_script_needs_task_and_setting():
     assert process.returncode == 2 and text.startswith("error: ")
 
 
+@pytest.mark.parametrize("flag", ["--task_step", "--task_step=1", "--resume", "-r", "--test"])
+def test_the_sequence_script_refuses_what_is_for_a_single_step(flag):
+    text, _ = (process := bash(["scripts/train_voc.sh", "5-3", "overlap", flag, "1"])).communicate()
+    assert process.returncode == 2 and text.startswith(f"error: {flag} is for a single step")
+
+
 def test_the_sequence_script_refuses_an_unknown_task(tmp_path):
     process = bash(["scripts/train_voc.sh", "7-4", "overlap", "--save_dir", str(tmp_path)])
     text, _ = process.communicate(timeout=600)

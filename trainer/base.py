@@ -124,6 +124,12 @@ class Trainer:
             len(self.dataset), config.data.train.batch_size, config.seed, rank(), world_size()
         )
         check_batch_size(config, self.batches.sizes())
+        pieces = micro_batches(config, self.batches.sizes())
+        if pieces < config.trainer.accumulate:
+            log.warning(
+                f"{pieces} micro-batches instead of {config.trainer.accumulate} (--accumulate): a "
+                f"process has {pieces} images"
+            )
         iterations = config.trainer.epochs * len(self.batches)
         self.scheduler = torch.optim.lr_scheduler.PolynomialLR(
             self.optimizer, iterations, config.lr_scheduler.args.power

@@ -257,9 +257,18 @@ class TestFlagsWithoutEffect:
              ["--pseudo_thresh"]),
             (["--task_step", "1", "--backbone_weights", "f.pth"], ["--backbone_weights"]),
             (["--task_step", "1", "--class_combination", "off", "--fill_in", "none"], ["--fill_in"]),
+            (["--task_step", "1", "--mem_size", "0", "--pastes", "2"], ["--pastes"]),
+            (["--task_step", "1", "--kd", "0", "--kd_mode", "plain"], ["--kd_mode"]),
+            (["--task_step", "0", "--prev_checkpoint", "f.pth"], ["--prev_checkpoint"]),
+            (["--task_step", "1", "--prev_checkpoint", "f.pth"], []),
+            (["--test", "--lr", "1", "--name", "x", "--eval_crop", "off", "--overwrite"],
+             ["--lr", "--overwrite"]),
+            (["-d", "0,1"], ["-d"]),
+            (["-d", "2"], []),
         ],
     )  # fmt: skip
-    def test_training_names_them(self, flags, unused):
+    def test_training_names_them(self, flags, unused, monkeypatch):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2")
         assert [text.split()[0] for text in read_train(flags)[1].unused] == unused
 
     def test_evaluation_names_those_of_training(self, tmp_path):
@@ -268,3 +277,6 @@ class TestFlagsWithoutEffect:
         flags = ["-r", str(tmp_path / "c.pth"), "--score", "0.3", "--lr", "1", "--bs", "4"]
         call = read_eval([*flags, "--crop_size", "64", "--task_step", "2"])[1]
         assert call.unused == ["--bs (only in training)", "--lr (only in training)"]
+        config, call = read_eval([*flags[:2], "--eval_crop", "off", "--crop_size", "64"])
+        assert not config.data.test.args.transform
+        assert call.unused == ["--crop_size (not with whole images)"]
