@@ -139,7 +139,7 @@ WITH_PASTES = (
     "with --replay eir and a memory",
 )
 WITH_PSEUDO_LABELS = (
-    lambda c: c.task.step > 0 and c.hyperparameter.pseudo_labels,
+    lambda c: c.task.step > 0 and c.hyperparameter.pseudo_labels != "off",
     "at steps >= 1 with pseudo labels",
 )
 WITH_DISTILLATION = (
@@ -493,10 +493,13 @@ class Hyperparameter:
         high=1,
         used=WITH_PSEUDO_LABELS,
     )
-    pseudo_labels: bool = option(
-        True,
-        "pseudo labels of the old classes from the teacher",
+    pseudo_labels: str = option(
+        "crop",
+        "pseudo labels of the old classes from the teacher; crop: it looks at each training crop, as "
+        "in the paper; image: once at each whole image, before the first epoch, and crops take their "
+        "part (a pass of the teacher less in each iteration); off: none",
         "--pseudo_labels",
+        choices=("off", "crop", "image"),
         used=AT_LATER_STEPS,
     )
     kd_mode: str = option(
@@ -708,8 +711,11 @@ def read_train(arguments: list[str], default: Path = DEFAULT_CONFIG) -> tuple[Co
         call.unused.append("--prev_checkpoint (only at steps >= 1)")
     if call.overwrite and call.resume:
         raise UserError("--overwrite and --resume exclude each other: give one of them")
-    if config.hyperparameter.ignore_thresh is not None and not config.hyperparameter.pseudo_labels:
-        raise UserError("--ignore_thresh works on pseudo labels only: do not give it with them off")
+    if (
+        config.hyperparameter.ignore_thresh is not None
+        and config.hyperparameter.pseudo_labels != "crop"
+    ):
+        raise UserError("--ignore_thresh works with --pseudo_labels crop only: leave one of them out")
     return config, call
 
 

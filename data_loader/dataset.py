@@ -43,41 +43,53 @@ class LabelledImages(Dataset):
 
 
 class TrainDataset(Dataset):
-    """Training images of a step, followed by the entries of its memory."""
+    """Training images of a step, followed by the entries of its memory.
+
+    pseudo: called with an image's id and size, gives what the teacher sees in all of it (uint8 [H, W],
+    channels); None where the teacher looks at the crops. It is not asked about instances: they have no
+    background.
+    """
 
     def __init__(self, images: LabelledImages, memory: Memory | None, seed: int):
         self.images, self.memory, self.seed = images, memory, seed
+        self.pseudo: Callable[[str, tuple[int, int]], torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.images) + (len(self.memory) if self.memory else 0)
+
+    def load(self, i: int) -> tuple[torch.Tensor, torch.Tensor, str]:
+        """Image uint8 [3, H, W], label uint8 [H, W] in channels, and id, before the transform."""
+        stored = i - len(self.images)
+        if stored >= 0:
+            return *self.memory.replay(stored), self.memory.entries[stored].id
+        return *self.images.load(i), self.images.ids[i]
 
     def __getitem__(self, key: tuple[int, int]) -> dict:
         """Sample of (epoch, index).
 
         image uint8 [3, S, S], label uint8 [S, S], id str, epoch and index int, replayed bool (from the
-        memory), alone bool (an instance without background: the image counts only where label > 0).
+        memory), alone bool (an instance without background: the image counts only where label > 0);
+        with pseudo labels of whole images also pseudo uint8 [S, S], their part, 0 where there is none.
         """
         epoch, i = key
-        stored = i - len(self.images)
-        replayed = stored >= 0
-        if replayed:
-            image, label = self.memory.replay(stored)
-            name = self.memory.entries[stored].id
-        else:
-            image, label = self.images.load(i)
-            name = self.images.ids[i]
+        image, label, name = self.load(i)
+        replayed = i >= len(self.images)
+        alone = replayed and self.memory.instances
+        labels = [label]
+        if self.pseudo:
+            labels.append(torch.zeros_like(label) if alone else self.pseudo(name, label.shape))
         with torch.random.fork_rng(devices=[]):
             generator = np.random.default_rng((self.seed, epoch, i))
             torch.default_generator.manual_seed(int(generator.integers(2**62)))
-            image, label = self.images.transform(image, label)
+            image, labels = self.images.transform(image, torch.stack(labels))
         return {
             "image": image.contiguous(),
-            "label": label,
+            **dict(zip(("label", "pseudo"), labels, strict=False)),
             "id": name,
             "epoch": epoch,
             "index": i,
             "replayed": replayed,
-            "alone": replayed and self.memory.instances,
+            "alone": alone,
         }
 
 

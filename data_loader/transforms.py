@@ -16,7 +16,8 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class TrainTransform:
     """Random resized crop (area 0.5 to 2, aspect 3/4 to 4/3) and flip, from torch's generator.
 
-    Called with an image uint8 [3, H, W] and a label uint8 [H, W]; returns them at crop_size.
+    Called with an image uint8 [3, H, W] and a label uint8 [H, W], or several [K, H, W]; returns them at
+    crop_size.
     """
 
     def __init__(self, crop_size: int):

@@ -312,7 +312,7 @@ def pieces(trainer: Trainer, raw: dict) -> dict[str, Work]:
     logits.requires_grad_()
     rest = copy.copy(trainer)  # a trainer whose networks and paste cost nothing: the losses are left
     rest.config = copy.deepcopy(trainer.config)
-    rest.config.hyperparameter.pseudo_labels = False
+    rest.config.hyperparameter.pseudo_labels = "off"
     rest.net = lambda images, upsample: logits
     if trainer.data.step:
         taught = trainer.teach(batch.images)

@@ -18,7 +18,6 @@ from data_loader.data_loaders import StepData
 from data_loader.dataset import MEAN, STD
 from trainer.incremental import IncrementalStep
 from trainer.output import previous_checkpoint
-from trainer.pseudo_labels import pseudo_labels
 from utils.distributed import launch
 from utils.errors import UserError
 from utils.visualize import sheet, voc_palette
@@ -66,8 +65,7 @@ def first_batch(trainer, options):
 @torch.no_grad()
 def pictures(trainer, batch, colours):
     """A row of pictures for each image of a micro-batch."""
-    threshold = trainer.config.hyperparameter.pseudo_thresh
-    labels = pseudo_labels(batch.labels, trainer.teach(batch.images), threshold)
+    labels, _ = trainer.pseudo_label(batch)
     composite = trainer.compose(batch, labels)
     covered = composite.weights.sum(dim=1)
     table = np.full((256, 3), 224, dtype=np.uint8)

@@ -150,7 +150,10 @@ class TestTrainAndEvaluate:
             ({"backbone_weights": "nowhere.pth"}, "no ImageNet weights for the backbone tiny"),
             ({"data_root": "nowhere"}, "nowhere does not exist"),
             ({"task_name": "5-4"}, "unknown task '5-4'"),
-            ({"ignore_thresh": 0.5, "pseudo_labels": "off"}, "--ignore_thresh works on pseudo labels"),
+            (
+                {"ignore_thresh": 0.5, "pseudo_labels": "off"},
+                "--ignore_thresh works with --pseudo_labels crop",
+            ),
         ],
         ids=str,
     )
@@ -374,7 +377,10 @@ class TestBadInput:
             ("-r=", "-r needs a value"),
             ("-c nowhere.json", "cannot read the configuration nowhere.json"),
             ("--overwrite --resume auto", "exclude each other"),
-            ("--ignore_thresh 0.5 --pseudo_labels off", "--ignore_thresh works on pseudo labels only"),
+            (
+                "--ignore_thresh 0.5 --pseudo_labels off",
+                "--ignore_thresh works with --pseudo_labels crop only",
+            ),
             ("--resume nowhere.pth", "no checkpoint at nowhere.pth"),
             ("--test", "nothing to evaluate"),
         ],

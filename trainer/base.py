@@ -39,14 +39,15 @@ class Batch:
     """A (micro-)batch on the device.
 
     images float [N, 3, H, W], normalised; labels uint8 [N, H, W], channels and 255; replayed bool [N],
-    the images of the memory; epoch (from 0) and indices [N], on the host, name the samples; valid: the
-    pixels of the whole batch that are not void, over all its micro-batches and processes: losses are
-    divided by it.
+    the images of the memory; pseudo uint8 [N, H, W], channels, pseudo labels of whole images, or None;
+    epoch (from 0) and indices [N], on the host, name the samples; valid: the pixels of the whole batch
+    that are not void, over all its micro-batches and processes: losses are divided by it.
     """
 
     images: torch.Tensor
     labels: torch.Tensor
     replayed: torch.Tensor
+    pseudo: torch.Tensor | None
     epoch: int
     indices: list[int]
     valid: torch.Tensor
@@ -223,19 +224,19 @@ class Trainer:
 
     def to_device(self, raw: dict) -> list[Batch]:
         """A loader's batch as micro-batches on the device, without waiting for it."""
-        image, label, replayed, alone = (
-            raw[key].to(self.device, non_blocking=True)
-            for key in ("image", "label", "replayed", "alone")
-        )
+        names = ("image", "label", "replayed", "alone", "pseudo")
+        moved = {key: raw[key].to(self.device, non_blocking=True) for key in names if key in raw}
+        image, label, replayed, alone, pseudo = map(moved.get, names)
         valid = all_sum((label != VOID).sum()).clamp(min=1)
         image = normalize(image, label, alone).to(next(self.model.parameters()).dtype)
         # every process makes as many micro-batches, since each of them is a meeting of all processes
         pieces = micro_batches(self.config, self.batches.sizes())
-        columns = (t.tensor_split(pieces) for t in (image, label, replayed, raw["index"]))
+        parts = (t.tensor_split(pieces) for t in (image, label, replayed, raw["index"]))
+        pseudo = pseudo.tensor_split(pieces) if pseudo is not None else [None] * pieces
         epoch = int(raw["epoch"][0])
         return [
-            Batch(image, label, replayed, epoch, index.tolist(), valid)
-            for image, label, replayed, index in zip(*columns, strict=True)
+            Batch(image, label, replayed, pseudo, epoch, index.tolist(), valid)
+            for image, label, replayed, index, pseudo in zip(*parts, pseudo, strict=True)
         ]
 
     def autocast(self) -> torch.autocast:

@@ -8,6 +8,7 @@ from data_loader.data_loaders import EvalBatches, StepData, make_loader
 from data_loader.dataset import normalize
 from models.deeplabv3 import predict, upsample_logits
 from utils.distributed import all_sum, rank, world_size
+from utils.logging import progress
 from utils.metrics import ConfusionMatrix, compute_metrics
 
 
@@ -29,7 +30,7 @@ def confusion_matrix(
     with torch.backends.cudnn.flags(
         enabled=True, deterministic=True, benchmark=False, allow_tf32=False
     ):
-        for batch in loader:
+        for batch in progress(loader, f"evaluation ({split})", "batch"):
             images = normalize(batch["image"].to(device, non_blocking=True))
             label = batch["label"].to(device, non_blocking=True)
             logits = model(images, upsample=False)

@@ -8,8 +8,15 @@ from models.deeplabv3 import upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
 from trainer.base import Batch, Trainer
 from trainer.output import read_model
-from trainer.pseudo_labels import ignore_doubtful, pseudo_labels
+from trainer.pseudo_labels import (
+    ImageLabels,
+    WholeImages,
+    ignore_doubtful,
+    pseudo_labels,
+    store_pseudo_labels,
+)
 from trainer.setup import trainable
+from utils.checkpoint import content_digest
 from utils.logging import log
 
 
@@ -48,7 +55,26 @@ class IncrementalStep(Trainer):
             crop_size = self.config.data.train.args.transform_args.crop_size
             settings, seed = self.config.hyperparameter.paste, self.config.seed
             self.paste = PasteAugmentation(settings, crop_size, bank, seed)
-        return TrainDataset(self.data.training(), memory, self.config.seed)
+        dataset = TrainDataset(self.data.training(), memory, self.config.seed)
+        if self.config.hyperparameter.pseudo_labels == "image":
+            dataset.pseudo = self._look_at_whole_images(dataset)
+        return dataset
+
+    def _look_at_whole_images(self, dataset):
+        """Pseudo labels of all whole images of a training set, stored in the step's folder."""
+        folder, data, task = self.folder / "pseudo_labels", self.config.data, self.data.task
+        known = task.seen(self.data.step - 1)
+        store_pseudo_labels(
+            folder,
+            WholeImages(dataset, data.train.args.transform_args.crop_size),
+            self.teach,
+            known,
+            self.config.hyperparameter.pseudo_thresh,
+            content_digest(self.previous),
+            self.device,
+            data.num_workers,
+        )
+        return ImageLabels(folder, task.label_table(known))
 
     def parameter_groups(self) -> list[dict]:
         """As at step 0, but with weight decay on the new classifier only."""
@@ -66,10 +92,7 @@ class IncrementalStep(Trainer):
         size = batch.labels.shape[-2:]
 
         # what the teacher sees in the background becomes a label (its logits on the image)
-        labels, on_image = batch.labels, None
-        if settings.pseudo_labels:
-            on_image = self.teach(batch.images)
-            labels = pseudo_labels(batch.labels, on_image, settings.pseudo_thresh)
+        labels, on_image = self.pseudo_label(batch)
 
         # stored instances of the old classes go where there is most background
         composite = self.compose(batch, labels)
@@ -100,6 +123,19 @@ class IncrementalStep(Trainer):
             return {"bce": settings.mbce * bce, "kd": settings.kd * kd}
 
         return sum_over_images(logits, size, losses, self.normalizer(batch))
+
+    @torch.no_grad()
+    def pseudo_label(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Labels [N, H, W] with pseudo labels in their background, and the teacher's logits on the
+        images, if it looked at them for that.
+        """
+        if batch.pseudo is not None:
+            return torch.where(batch.labels == 0, batch.pseudo, batch.labels), None
+        settings = self.config.hyperparameter
+        if settings.pseudo_labels == "off":
+            return batch.labels, None
+        on_image = self.teach(batch.images)
+        return pseudo_labels(batch.labels, on_image, settings.pseudo_thresh), on_image
 
     @torch.no_grad()
     def teach(self, images: torch.Tensor) -> torch.Tensor:

@@ -202,6 +202,7 @@ def begin(config: Config, resumed: bool, overwrite: bool) -> None:
         if overwrite:
             (folder / "memory" / MANIFEST).unlink(missing_ok=True)  # without it, it holds no memory
             shutil.rmtree(folder / "memory", ignore_errors=True)
+            shutil.rmtree(folder / "pseudo_labels", ignore_errors=True)
         later = config.step_dir(config.task.step + 1)
         if later.is_dir():
             log.warning(

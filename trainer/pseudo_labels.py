@@ -1,9 +1,25 @@
 """What the teacher believes the background of new images to be (METHOD 5, 1)."""
 
-import torch
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from data_loader.data_loaders import EvalBatches, make_loader
+from data_loader.data_root import read_label
+from data_loader.dataset import TrainDataset, normalize
+from data_loader.transforms import BILINEAR
 from models.deeplabv3 import upsample_logits
-from utils.visualize import VOID
+from utils.checkpoint import cannot_write, read_json_object, write_atomically, write_json
+from utils.distributed import barrier, rank, world_size
+from utils.errors import UserError
+from utils.logging import log, progress
+from utils.visualize import VOID, label_image
 
 
 def pseudo_labels(labels: torch.Tensor, teacher: torch.Tensor, threshold: float) -> torch.Tensor:
@@ -39,3 +55,88 @@ def ignore_doubtful(
         free = (label == 0) & (weights[i].sum(dim=0) == 0)
         kept[i] = torch.where(free & (score >= threshold), VOID, label)
     return kept
+
+
+# Pseudo labels of whole images (--pseudo_labels image), which are no part of the paper.
+
+
+class WholeImages(Dataset):
+    """The images of a training set that have a background, each once, at the evaluation's scale."""
+
+    def __init__(self, dataset: TrainDataset, shorter: int):
+        """shorter: the length that the shorter side gets, in pixels."""
+        self.dataset, self.shorter = dataset, shorter
+        count = len(dataset.images) if dataset.memory and dataset.memory.instances else len(dataset)
+        entries = [entry.id for entry in dataset.memory.entries] if count > len(dataset.images) else []
+        self.index = {name: i for i, name in enumerate([*dataset.images.ids, *entries])}
+        self.ids = list(self.index)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int) -> dict:
+        """image uint8 [3, h, w], size of the original (H, W), id str."""
+        image, label, name = self.dataset.load(self.index[self.ids[i]])
+        image = F.resize(image, [self.shorter], interpolation=BILINEAR, antialias=True)
+        return {"image": image, "size": tuple(label.shape), "id": name}
+
+
+class ImageLabels:
+    """Stored pseudo labels: called with an image's id and size, gives those of the whole image."""
+
+    def __init__(self, folder: Path, table: np.ndarray):
+        """table: uint8 [256] from class ids, which the files have, to channels."""
+        self.folder, self.table = folder, table
+
+    def __call__(self, name: str, size: tuple[int, int]) -> torch.Tensor:
+        """uint8 [H, W], channels, 0 where there is none; UserError if it has not the image's size."""
+        path = self.folder / f"{name}.png"
+        label = self.table[read_label(path)]
+        if label.shape != tuple(size):
+            raise UserError(f"the pseudo label {path} has not its image's size: remove {self.folder}")
+        return torch.from_numpy(label)
+
+
+@torch.no_grad()
+def store_pseudo_labels(
+    folder: Path,
+    images: WholeImages,
+    teach: Callable[[torch.Tensor], torch.Tensor],
+    order: tuple[int, ...],
+    threshold: float,
+    teacher: str,
+    device: torch.device,
+    workers: int,
+) -> None:
+    """Write what the teacher sees in each whole image as a palette PNG of class ids, <id>.png.
+
+    teach: from normalised images [N, 3, h, w] to logits at stride 16; order: the class id of each
+    channel from 1 on; threshold: as in pseudo_labels; teacher: its digest. The images are shared by the
+    processes. Files that are there stay, if they are of the same teacher, threshold and size.
+    """
+    made_from = {"teacher": teacher, "threshold": threshold, "shorter_side": images.shorter}
+    if rank() == 0 and read_json_object(folder / "made_from.json") != made_from:
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise cannot_write(folder, error) from None
+        write_json(folder / "made_from.json", made_from)
+    barrier()
+    missing = [i for i, name in enumerate(images.ids) if not (folder / f"{name}.png").is_file()]
+    todo = torch.utils.data.Subset(images, missing)
+    barrier()  # no process writes before all have looked
+    if missing:
+        log.info(f"pseudo labels of {len(missing)} whole images: {folder}")
+    ids = np.array([0, *order], dtype=np.uint8)
+    loader = make_loader(todo, EvalBatches(len(todo), 1, rank(), world_size()), workers, pin=True)
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
+        for sample in progress(loader, "pseudo labels"):
+            logits = teach(normalize(sample["image"].to(device, non_blocking=True)))
+            empty = torch.zeros(1, *map(int, sample["size"]), dtype=torch.uint8, device=device)
+            seen = ids[pseudo_labels(empty, logits, threshold)[0].cpu().numpy()]
+            file = io.BytesIO()
+            label_image(seen).save(file, "PNG")
+            path = folder / f"{sample['id'][0]}.png"
+            write_atomically(path, lambda out, file=file: out.write(file.getbuffer()))
+    barrier()

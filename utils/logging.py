@@ -4,7 +4,11 @@ import json
 import logging
 import math
 import sys
+import time
+from collections.abc import Collection, Iterator
 from pathlib import Path
+
+from tqdm import tqdm
 
 from utils.checkpoint import cannot_write, write_atomically
 from utils.errors import UserError
@@ -44,6 +48,28 @@ class _LogFile(logging.FileHandler):
         if isinstance(error, OSError):
             raise cannot_write(Path(self.baseFilename), error) from None
         super().handleError(record)
+
+
+def progress(items: Collection, title: str, unit: str = "it", every: float = 30) -> Iterator:
+    """The items, with a bar in a terminal; elsewhere with a line in the log every so many seconds.
+
+    Where the log shows no information (verbosity 0, all processes but the first) there is neither.
+    """
+    if not log.isEnabledFor(logging.INFO):
+        yield from items
+        return
+    bar = tqdm(items, desc=title, unit=unit, disable=None, leave=False)
+    if not bar.disable:
+        yield from bar
+        return
+    started = said = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - said >= every and done < len(items):
+            left = (now - started) / done * (len(items) - done)
+            log.info(f"{title}: {done} of {len(items)}, about {left:.0f} s to go")
+            said = now
 
 
 class EpochRecords:

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2 import functional as F
 
 from data_loader.data_loaders import StepData
+from data_loader.dataset import normalize
 from data_loader.memory import read_manifest
 from models.deeplabv3 import DeepLabV3, predict
 from scripts.plain import (
@@ -28,7 +30,7 @@ from tests.trainer.steps import assert_same_step, raw_batch, run, silent_meter, 
 from trainer import output
 from trainer.base_step import BaseStep
 from trainer.incremental import IncrementalStep
-from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint
+from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint, write_atomically
 from utils.errors import UserError
 from utils.logging import log
 
@@ -316,8 +318,8 @@ LOSSES = [
     {"rskd_region": "all"},
     {"kd_mode": "unbiased", "pos_weight": 2.0, "mbce": 0.5, "kd": 1.5},
     {"kd_mode": "plain", "replay": "instance"},
-    {"pseudo_labels": False, "paste_on_replay": False, "fill_in": "next"},
-    {"pseudo_labels": False, "replay": "none"},
+    {"pseudo_labels": "off", "paste_on_replay": False, "fill_in": "next"},
+    {"pseudo_labels": "off", "replay": "none"},
     {"kd_mode": "none", "lambda_min": 0.5, "accumulate": 2},
     {"pseudo_thresh": 0.92, "ignore_thresh": 0.8, "replay": "image"},
     {"pseudo_thresh": 0.92, "ignore_thresh": 0.8},
@@ -387,7 +389,7 @@ def plain_loss(trainer, batch):
     """[mbce * L_bce, kd * L_distillation] of METHOD 5, with a graph to the model's parameters."""
     hyper, size = trainer.config.hyperparameter, batch.images.shape[-2:]
     labels = batch.labels
-    if hyper.pseudo_labels:
+    if hyper.pseudo_labels == "crop":
         first = trainer.teacher(batch.images, upsample=False)
         labels = plain_pseudo_labels(labels, first, hyper.pseudo_thresh)
         assert (labels != batch.labels).any()
@@ -435,7 +437,7 @@ def plain_loss(trainer, batch):
 
 
 CHOICES = [
-    {"replay": "none", "kd_mode": "none", "pseudo_labels": False},
+    {"replay": "none", "kd_mode": "none", "pseudo_labels": "off"},
     {"replay": "image"},
     {"replay": "instance"},
     {"mem_size": 0},
@@ -472,12 +474,14 @@ class TestChoices:
         ("changes", "on_input", "on_composite"),
         [
             ({}, 1, 1),
-            ({"pseudo_labels": False}, 0, 1),
+            ({"pseudo_labels": "off"}, 0, 1),
             ({"kd_mode": "none"}, 1, 0),
             ({"kd": 0.0}, 1, 0),
-            ({"kd": 0.0, "pseudo_labels": False}, 0, 0),
+            ({"kd": 0.0, "pseudo_labels": "off"}, 0, 0),
             ({"replay": "instance"}, 1, 0),
-            ({"replay": "none", "pseudo_labels": False}, 1, 0),
+            ({"replay": "none", "pseudo_labels": "off"}, 1, 0),
+            ({"pseudo_labels": "image"}, 0, 1),
+            ({"pseudo_labels": "image", "kd_mode": "none"}, 0, 0),
         ],
         ids=str,
     )
@@ -570,3 +574,101 @@ class TestOverwrite:
         ):
             assert words in error_line(overwrite(*flags, **changes))
             assert snapshot(own_step) == before
+
+
+class TestPseudoLabelsOfWholeImages:
+    """--pseudo_labels image: stored before the first epoch, by class ids, and cut with the crops."""
+
+    @pytest.fixture
+    def trainer(self, step_1):
+        def make(**changes):
+            trainer = step_1(pseudo_labels="image", pseudo_thresh=0.2, **changes)
+            with torch.no_grad():  # a teacher that sees something
+                trainer.teacher.cls[1].weight.normal_(std=0.3)
+            shutil.rmtree(trainer.folder / "pseudo_labels")
+            trainer.prepare()
+            return trainer
+
+        return make
+
+    @pytest.mark.parametrize("replay", ["instance", "image"])
+    def test_stored_labels_are_what_the_teacher_sees_in_the_whole_image(self, trainer, replay):
+        trainer = trainer(replay=replay)
+        dataset, folder = trainer.dataset, trainer.folder / "pseudo_labels"
+        images = [*range(len(dataset.images)), *(range(len(dataset)) if replay == "image" else ())]
+        names = {dataset.load(i)[2]: i for i in images}
+        assert {path.stem for path in folder.glob("*.png")} == names.keys()
+        for name, i in names.items():
+            image, label, _ = dataset.load(i)
+            height, width = label.shape
+            small = F.resize(image, [trainer.config.data.train.args.transform_args.crop_size])
+            logits = trainer.teacher(normalize(small[None]), upsample=False)
+            empty = torch.zeros(1, height, width, dtype=torch.uint8)
+            channels = plain_pseudo_labels(empty, logits, 0.2)[0].numpy()
+            stored = np.array(Image.open(folder / f"{name}.png"))
+            assert np.array_equal(stored, np.array([0, *OLD])[channels]) and channels.any()
+            assert torch.equal(dataset.pseudo(name, label.shape), torch.from_numpy(channels))
+
+    def test_crops_take_their_part_and_instances_none(self, trainer):
+        dataset = trainer(replay="instance").dataset
+        for i in range(len(dataset)):
+            sample = dataset[0, i]
+            if sample["replayed"]:
+                assert not sample["pseudo"].any()
+                continue
+            # the same crop of the pseudo labels, had they been the labels
+            _, label, name = dataset.load(i)
+            swapped = dataset.pseudo(name, label.shape)
+            dataset.pseudo, kept = lambda name, size, swapped=swapped: swapped, dataset.pseudo
+            assert torch.equal(dataset[0, i]["pseudo"], sample["pseudo"])
+            dataset.pseudo = kept
+            with torch.random.fork_rng(devices=[]):
+                generator = np.random.default_rng((dataset.seed, 0, i))
+                torch.default_generator.manual_seed(int(generator.integers(2**62)))
+                _, part = dataset.images.transform(swapped.expand(3, -1, -1), swapped)
+            assert torch.equal(part, sample["pseudo"])
+
+    def test_they_label_the_background_alone(self, trainer):
+        trainer = trainer()
+        (batch,) = trainer.to_device(raw_batch(trainer))
+        labels, on_image = trainer.pseudo_label(batch)
+        assert on_image is None
+        given = batch.labels != 0
+        assert torch.equal(labels[given], batch.labels[given])
+        assert torch.equal(labels[~given], batch.pseudo[~given]) and batch.pseudo[~given].any()
+
+    def test_what_is_there_stays_unless_the_teacher_is_another(self, trainer, monkeypatch):
+        one = trainer()
+        folder = one.folder / "pseudo_labels"
+        before = snapshot(folder)
+        gone, *_ = sorted(folder.glob("*.png"))
+        gone.unlink()  # as after a kill
+        written = []
+        monkeypatch.setattr(
+            "trainer.pseudo_labels.write_atomically",
+            lambda path, write: written.append(path) or write_atomically(path, write),
+        )
+        one.prepare()
+        assert written == [gone] and snapshot(folder) == before
+        made_from = json.loads((folder / "made_from.json").read_text())
+        (folder / "made_from.json").write_text(json.dumps({**made_from, "teacher": "another"}))
+        one.prepare()
+        assert len(written) == len(before) and snapshot(folder) == before
+
+    def test_a_label_of_another_size_is_refused(self, trainer):
+        trainer = trainer()
+        path = min((trainer.folder / "pseudo_labels").glob("*.png"))
+        Image.fromarray(np.zeros((3, 4), dtype=np.uint8)).save(path)
+        index = trainer.dataset.images.ids.index(path.stem)
+        with pytest.raises(UserError, match="has not its image's size"):
+            trainer.dataset[0, index]
+
+    def test_a_run_is_the_same_with_workers(self, voc_root, tmp_path, step_0):
+        """Through the program, with its files."""
+        configs = [
+            settings(voc_root, tmp_path / f"{n}", pseudo_labels="image", num_workers=n) for n in (0, 1)
+        ]
+        for config in configs:
+            run(config, prev_checkpoint=str(step_0))
+        folders = [config.step_dir() for config in configs]
+        assert_same_step(*folders, final_checkpoint(folders[0]).name)
