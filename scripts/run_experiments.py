@@ -38,6 +38,7 @@ from configs.options import Config, load_config, read_train
 from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
 from scripts.results import row, write_results
+from scripts.status import duration
 from trainer.output import is_finished
 from utils.checkpoint import final_checkpoint, locked
 from utils.errors import UserError, exit_with
@@ -200,13 +201,7 @@ class Call:
         if done > self.first[1]:
             seconds = (now - self.first[0]) / (done - self.first[1])
             self.sequence.seconds = seconds
-            self.text += f", {_duration(seconds * (1 - done))} to go" if done < 1 else ""
-
-
-def _duration(seconds):
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+            self.text += f", {duration(seconds * (1 - done))} to go" if done < 1 else ""
 
 
 class Runner:
@@ -367,7 +362,7 @@ class Runner:
         for s in self._open(self.others):
             done = running[s].done if s in running else 0
             seconds += (len(s.left) - done) * (s.seconds or usual)
-        return f"{text}, about {_duration(seconds / len(running))} to go"
+        return f"{text}, about {duration(seconds / len(running))} to go"
 
     def _stop(self):
         """End what is running; it resumes from its last epoch next time."""

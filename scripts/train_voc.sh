@@ -43,7 +43,7 @@ from utils.errors import UserError, exit_with
 
 config, _ = parse_train()
 try:
-    task = get_task(config.task.name, config.task.setting)
+    task = get_task(config.task.name, config.task.setting, config.data.dataset.classes)
 except UserError as error:
     exit_with(error)
 print(len(task.steps), config.step_dir().parent, sep="\n")

@@ -161,7 +161,9 @@ class Trainer:
             losses = self.train_epoch(loader)
             self.epoch += 1
             seconds = time.perf_counter() - started
-            record = {"epoch": self.epoch, **losses, "seconds": seconds, "peak_mib": peak_memory()}
+            speed = len(self.batches) * self.batches.total / seconds
+            record = {"epoch": self.epoch, **losses, "seconds": seconds, "images_per_second": speed}
+            record["peak_mib"] = peak_memory()
             broadcast(self.model.buffers())  # plain BN has statistics of its own in each process
             improved = False
             if self.validation.is_due(self.epoch):

@@ -1,0 +1,93 @@
+"""Show how far the runs in a folder are: steps done, under way and left, loss, speed and time to go.
+
+python scripts/status.py _saved_voc
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from configs.options import Config, load_config
+from data_loader.tasks import get_task
+from trainer.output import has_results
+from utils.checkpoint import read_json_object
+from utils.errors import UserError, exit_with
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a person would choose."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def last_record(path: Path) -> dict | None:
+    """The last whole line of a step's metrics.jsonl; None if there is none yet."""
+    try:
+        lines = path.read_bytes().splitlines(keepends=True)
+        return json.loads([line for line in lines if line.endswith(b"\n")][-1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def describe_step(config: Config, folder: Path, log_folder: Path, now: float) -> str:
+    """One line about a step that was started: its result, or how far it is."""
+    record = last_record(log_folder / "metrics.jsonl")
+    if has_results(folder):
+        metrics = read_json_object(folder / "metrics.json")
+        return f"done      mIoU {metrics['Mean_Intersection_over_Union']['overall']:.2f}"
+    if not record:
+        written = max(path.stat().st_mtime for path in folder.iterdir())
+        return f"started   no epoch is finished yet, last written {duration(now - written)} ago"
+    epochs, written = config.trainer.epochs, (log_folder / "metrics.jsonl").stat().st_mtime
+    left = (epochs - record["epoch"]) * record["seconds"] - (now - written)
+    text = f"under way epoch {record['epoch']} of {epochs}, loss {record['loss']:.4f}"
+    if "images_per_second" in record:
+        text += f", {record['images_per_second']:.1f} images/s"
+    if now - written > 3 * record["seconds"] + 60:
+        return f"{text}, nothing written for {duration(now - written)}: --resume auto goes on"
+    return f"{text}, about {duration(max(left, 0))} to go and the test"
+
+
+def describe_run(run: Path, now: float) -> list[str]:
+    """The lines about a run, the folder of its steps; now: seconds since the epoch."""
+    folders = {int(p.name[5:]): p for p in run.glob("step_*") if p.name[5:].isdecimal()}
+    folders = {t: p for t, p in sorted(folders.items()) if (p / "config.json").is_file()}
+    if not folders:
+        return [f"{run.name}: no step was started"]
+    configs = {t: load_config(folder / "config.json")[0] for t, folder in folders.items()}
+    task = next(iter(configs.values()))
+    steps = get_task(task.task.name, task.task.setting, task.data.dataset.classes).steps
+    logs = run.parent.parent / "log" / run.name
+    done = sum(has_results(folder) for folder in folders.values())
+    lines = [f"{run.name}: {done} of {len(steps)} steps done"]
+    for t, folder in folders.items():
+        lines.append(f"  step {t:<3} {describe_step(configs[t], folder, logs / folder.name, now)}")
+    left = [str(t) for t in range(len(steps)) if t not in folders]
+    return [*lines, f"  left     steps {', '.join(left)}"] if left else lines
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("save_dir", type=Path, help="the --save_dir of the runs")
+    save_dir = parser.parse_args(argv).save_dir
+    try:
+        runs = sorted(path for path in (save_dir / "models").glob("*") if path.is_dir())
+        if not runs:
+            raise UserError(f"no run in {save_dir}: give the --save_dir of train_voc.py")
+        for run in runs:
+            print(*describe_run(run, time.time()), sep="\n")
+    except UserError as error:
+        exit_with(error)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
