@@ -13,8 +13,10 @@ from utils.config import (
     Parser,
     add_flags,
     apply_flags,
+    get,
     option,
     options,
+    put,
     read_json,
     section,
     without_effect,
@@ -51,7 +53,7 @@ ACCEPTED = {
     "proto_layer": None,
     "margin": None,
     "n_gpu": None,  # the visible GPUs decide
-    "hyperparameter.dkd_pos": None,
+    "hyperparameter.dkd_pos": None,  # these two are options, but of DKD alone
     "hyperparameter.dkd_neg": None,
     "hyperparameter.fc": None,
     "hyperparameter.fs": None,
@@ -65,6 +67,7 @@ ACCEPTED = {
     "lr_scheduler.type": ("PolyLR",),
     "evaluator": ({"type": "Evaluator", "args": {}}, {"type": "Evaluator"}, {}),
 }
+DKD_ALONE = ("hyperparameter.dkd_pos", "hyperparameter.dkd_neg")
 
 
 def _no_folder_name(name):
@@ -138,15 +141,20 @@ WITH_PASTES = (
     lambda c: WITH_MEMORY[0](c) and c.data.memory.replay == "eir" and c.data.memory.mem_size > 0,
     "with --replay eir and a memory",
 )
+IN_EIR = (lambda c: c.task.step > 0 and c.method == "eir", "at steps >= 1 of --method eir")
+IN_DKD = (lambda c: c.task.step > 0 and c.method == "dkd", "at steps >= 1 of --method dkd")
 WITH_PSEUDO_LABELS = (
-    lambda c: c.task.step > 0 and c.hyperparameter.pseudo_labels != "off",
-    "at steps >= 1 with pseudo labels",
+    lambda c: IN_EIR[0](c) and c.hyperparameter.pseudo_labels != "off",
+    "at steps >= 1 of --method eir with pseudo labels",
 )
 WITH_DISTILLATION = (
-    lambda c: c.task.step > 0 and c.hyperparameter.kd_mode != "none",
+    lambda c: IN_DKD[0](c) or (c.task.step > 0 and c.hyperparameter.kd_mode != "none"),
     "at steps >= 1 with distillation",
 )
-WITH_KD = (lambda c: c.task.step > 0 and c.hyperparameter.kd > 0, "at steps >= 1 with --kd above 0")
+WITH_KD = (
+    lambda c: IN_EIR[0](c) and c.hyperparameter.kd > 0,
+    "at steps >= 1 of --method eir with --kd above 0",
+)
 WITH_RSKD = (
     lambda c: WITH_KD[0](c) and c.hyperparameter.kd_mode == "rskd",
     "with --kd_mode rskd and --kd above 0",
@@ -475,7 +483,23 @@ class Hyperparameter:
         low=0,
         used=WITH_DISTILLATION,
     )
-    ac: float = option(0.0, "weight of the auxiliary classifier loss (DKD)", "--ac", low=0)
+    ac: float = option(
+        0.0, "weight of the auxiliary classifier's loss; DKD's is 1, and needs it", "--ac", low=0
+    )
+    dkd_pos: float = option(
+        5.0,
+        "DKD: weight of the distillation through the classifiers' positive weights",
+        "--dkd_pos",
+        low=0,
+        used=IN_DKD,
+    )
+    dkd_neg: float = option(
+        5.0,
+        "DKD: weight of the distillation through their negative weights",
+        "--dkd_neg",
+        low=0,
+        used=IN_DKD,
+    )
     pseudo_thresh: float = option(
         0.7,
         "score from which a pseudo label is taken",
@@ -500,7 +524,7 @@ class Hyperparameter:
         "part (a pass of the teacher less in each iteration); off: none",
         "--pseudo_labels",
         choices=("off", "crop", "image"),
-        used=AT_LATER_STEPS,
+        used=IN_EIR,
     )
     kd_mode: str = option(
         "rskd",
@@ -559,6 +583,7 @@ class Config:
     """The configuration of an experiment, in the nested JSON shape of DKD and EIR."""
 
     name: str = option("EIR", "name of the run, part of its folder", "--name", complain=_no_folder_name)
+    method: str = option("eir", "the method of training", "--method", choices=("eir", "dkd"))
     seed: int = option(1, "seed of everything random", "--seed", low=0)
     use_amp: bool = option(True, "mixed precision")
     amp_dtype: str = option(
@@ -613,7 +638,12 @@ class Config:
 
     def to_dict(self) -> dict:
         """The configuration as the JSON object that `load_config` reads."""
-        return asdict(self)
+        content = asdict(self)
+        if self.method != "dkd":
+            for path in DKD_ALONE:
+                section, name = path.split(".")
+                del content[section][name]
+        return content
 
 
 @dataclass
@@ -716,7 +746,23 @@ def read_train(arguments: list[str], default: Path = DEFAULT_CONFIG) -> tuple[Co
         and config.hyperparameter.pseudo_labels != "crop"
     ):
         raise UserError("--ignore_thresh works with --pseudo_labels crop only: leave one of them out")
+    if config.method == "dkd":
+        _check_dkd(config)
     return config, call
+
+
+def _check_dkd(config):
+    """Raise UserError for settings with which DKD is none."""
+    if config.hyperparameter.ac == 0:
+        raise UserError(
+            "--method dkd starts new classifiers from an auxiliary one, which is trained with a weight "
+            "--ac above 0: give --ac 1"
+        )
+    if config.task.step and config.data.memory.replay not in ("none", "image"):
+        raise UserError(
+            f"--method dkd knows no --replay {config.data.memory.replay}: give --replay none (DKD) or "
+            "--replay image (DKD-M)"
+        )
 
 
 def read_eval(arguments: list[str]) -> tuple[Config, EvalCall]:
@@ -769,6 +815,11 @@ def _read(arguments, config, call, program, description):
     parsed = parser.parse_args(arguments)
     for target in (call, config):
         apply_flags(target, parsed)
+    if config.method == "dkd":
+        call.ignored = [path for path in call.ignored if path not in DKD_ALONE]
+    else:
+        for path in DKD_ALONE:
+            put(config, path, get(Config(), path))
     evaluates = call.test or isinstance(call, EvalCall)
     call.unused = [] if evaluates else without_effect(config, parsed)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

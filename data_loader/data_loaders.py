@@ -3,7 +3,7 @@
 import collections
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -217,6 +217,10 @@ class StepData:
             )
         return dataset
 
+    def previous_training(self) -> LabelledImages:
+        """The training images of step t-1 as a test shows images, with the labels visible then."""
+        return self._dataset("train", EvalTransform(_crop(self.config.train)), self.step - 1)
+
     def evaluation(self, split: str) -> tuple[LabelledImages, int]:
         """Dataset of val or test, and its batch size: 1 for whole images, whose sizes differ."""
         settings = getattr(self.config, split)
@@ -238,10 +242,16 @@ class StepData:
     def _kind(self):
         return "image" if self.config.memory.replay == "image" else "instance"
 
-    def memory(self, folder: Path, previous: Path | None) -> Memory | None:
+    def memory(
+        self,
+        folder: Path,
+        previous: Path | None,
+        seen: Callable[[], list[set[int]]] | None = None,
+    ) -> Memory | None:
         """The memory of this step, drawn into `folder` unless it is there; None without replay.
 
-        previous: folder of the memory of step t-1. The first process draws, the others read.
+        previous: folder of the memory of step t-1. seen: as in Source, called where there is a draw.
+        The first process draws, the others read.
         """
         settings = self.config.memory
         if settings.replay == "none" or settings.mem_size == 0:
@@ -255,7 +265,8 @@ class StepData:
         visible, old = self.task.visible(before, "train"), self.task.seen(before)
         chosen = self.select("train", before)
         names = dict(self.task.names)
-        source = Source(self.lists["train"], self._index("train"), chosen, visible, previous, names)
+        files, index = self.lists["train"], self._index("train")
+        source = Source(files, index, chosen, visible, previous, names, seen)
         if rank() == 0:
             build_memory(folder, source, old, self._kind, settings.mem_size, self.seed)
         barrier()
@@ -267,13 +278,14 @@ class StepData:
     def _index(self, split) -> LabelIndex:
         return self.indices["train" if split == "train" else "val"]
 
-    def _dataset(self, split, transform):
+    def _dataset(self, split, transform, step=None):
+        step = self.step if step is None else step
         files = self.lists["train" if split == "train" else "val"]
         hidden = getattr(self.config, split).args.masking_value
-        table = self.task.label_table(self.task.visible(self.step, split), hidden)
+        table = self.task.label_table(self.task.visible(step, split), hidden)
         if self.set.zero == "void":
             table[0] = VOID
-        chosen = self.select(split)
+        chosen = self.select(split, step)
         ids, images, labels = (
             [column[i] for i in chosen] for column in (files.ids, files.images, files.labels)
         )

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -149,6 +150,8 @@ class Source:
 
     chosen: indices of those images in the list; visible: the classes whose labels they show;
     previous: folder of the memory of step t-1, None where there is none; names: of all classes.
+    seen: gives, for each of those images, further classes that count for it as a candidate, though they
+    are not labelled (DKD-M).
     """
 
     files: ImageList
@@ -157,6 +160,7 @@ class Source:
     visible: tuple[int, ...]
     previous: Path | None
     names: dict[int, str]
+    seen: Callable[[], list[set[int]]] | None = None
 
 
 def build_memory(
@@ -198,7 +202,7 @@ def build_memory(
                 name = f"{len(stored):03d}"
                 if pick < len(images):
                     i, classes = images[pick]
-                    stored.append(_store(temporary, name, source.files, i, classes, c, kind))
+                    stored.append(_store(temporary, name, source, i, classes, c, kind))
                 else:
                     entry = entries[pick - len(images)]
                     stored.append(_carry(temporary, name, source.previous, entry, c))
@@ -216,17 +220,19 @@ def build_memory(
 
 
 def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ...]]], list[Entry]]:
-    """What may be drawn: (image, its visible classes) of step t-1, and the stored entries.
+    """What may be drawn: (image, the classes that count for it) of step t-1, and the stored entries.
 
     Instances need every visible class of the image to be one connected region.
     """
     visible = np.array(source.visible)
+    seen = source.seen() if source.seen else [set()] * len(source.chosen)
     images = []
-    for i in source.chosen:
+    for i, further in zip(source.chosen, seen, strict=True):
         shown = source.index.pixels[i, visible] > 0
         if kind == "instance" and (source.index.regions[i, visible][shown] != 1).any():
             continue
-        images.append((int(i), tuple(int(c) for c in visible[shown])))
+        labelled = [int(c) for c in visible[shown]]
+        images.append((int(i), (*labelled, *sorted(further - set(labelled)))))
     if source.previous is None:
         return images, []
     return images, stored_entries(source.previous, kind)
@@ -280,12 +286,13 @@ def _report(counts, budget):
         log.warning(f"no entry at all for {', '.join(empty)}: no candidate was left that shows one")
 
 
-def _store(folder, name, files, i, classes, drawn_for, kind) -> Entry:
-    """Write image i of the list as an entry."""
+def _store(folder, name, source, i, classes, drawn_for, kind) -> Entry:
+    """Write image i of the list as an entry, with the labels that are visible."""
+    files = source.files
     image = read_image(files.images[i]).permute(1, 2, 0).numpy()
     label = read_label(files.labels[i], files.zero)
     canvas = list(label.shape)
-    keep = np.isin(label, classes)
+    keep = np.isin(label, source.visible)
     if kind == "instance":
         box = bounding_box(keep)
         label, keep = label[box] * keep[box], keep[box]

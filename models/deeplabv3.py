@@ -46,13 +46,24 @@ class DeepLabV3(nn.Module):
         if pretrained:
             self.backbone.load_state_dict(imagenet_weights(backbone))
 
-    def forward(self, images: torch.Tensor, upsample: bool = True) -> torch.Tensor:
-        """Logits [N, 1 + classes, H, W] of images [N, 3, H, W]; upsample=False: at stride 16."""
-        features = self.aspp(self.backbone(images))
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """What the classifiers read: features [N, 256, h, w] at stride 16 of images [N, 3, H, W]."""
+        return self.aspp(self.backbone(images))
+
+    def forward(
+        self, images: torch.Tensor, upsample: bool = True, with_features: bool = False
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """Logits [N, 1 + classes, H, W] of images [N, 3, H, W]; upsample=False: at stride 16.
+
+        with_features: returns (logits, features) of one pass, the features as the method of that name.
+        """
+        features = self.features(images)
         logits = [self.cls[0](features.detach())]
         logits += [classifier(features) for classifier in self.cls[1:]]
         logits = torch.cat(logits, dim=1)
-        return upsample_logits(logits, images.shape[-2:]) if upsample else logits
+        if upsample:
+            logits = upsample_logits(logits, images.shape[-2:])
+        return (logits, features) if with_features else logits
 
 
 def upsample_logits(logits: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

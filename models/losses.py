@@ -58,6 +58,29 @@ def auxiliary_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (F.softplus(logits[0]) * (labels != VOID)).sum()
 
 
+def new_class_sum(
+    logits: torch.Tensor, labels: torch.Tensor, first: int, pos_weight: float = 1.0
+) -> torch.Tensor:
+    """DKD's binary cross entropy of one image, summed over channels and all pixels (METHOD 7).
+
+    logits [K, H, W] of the channels first, first + 1, ..; labels uint8 [H, W]. The target of a channel
+    is 1 where the label names it and 0 everywhere else, on void too. pos_weight multiplies the
+    positive term. Returns a scalar.
+    """
+    channel = labels.long() - first
+    named = (channel >= 0) & (channel < len(logits))
+    of_label = logits.gather(0, torch.where(named, channel, 0)[None])[0]
+    return F.softplus(logits).sum() + (_gain(of_label, pos_weight) * named).sum()
+
+
+def soft_target_sum(logits: torch.Tensor, teacher: torch.Tensor) -> torch.Tensor:
+    """Binary cross entropy of logits with the sigmoid of the teacher's as target, summed over all.
+
+    logits and teacher of the same shape, whatever it is. Returns a scalar.
+    """
+    return (F.softplus(logits) - teacher.sigmoid() * logits).sum()
+
+
 def distillation_sum(
     logits: torch.Tensor,
     teacher: torch.Tensor,

@@ -28,6 +28,8 @@ TITLES = ["image", "labels", "with pseudo labels", "with instances", "weight of 
 def preview(config, call, options) -> None:
     if config.task.step < 1:
         raise UserError("step 0 replays nothing: give --task_step 1 or higher")
+    if config.method != "eir":
+        raise UserError(f"--method {config.method} pastes nothing: there is nothing to preview")
     if options.images < 1 or options.epoch < 1:
         raise UserError("--images and --epoch start at 1")
     if options.output.suffix.lower() != ".png":

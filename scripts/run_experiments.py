@@ -4,8 +4,9 @@ python scripts/make_synthetic_voc.py --output data/synthetic
 python scripts/run_experiments.py configs/experiments/methods.json --jobs 2
 
 Each step of each method is one call of train_voc.py. Step 0 is trained once for each task and seed and
-shared by all methods. Finished steps are skipped and an interrupted one is resumed: this can be
-stopped at any time and called again. LAUNCHER starts a step: "python", or torchrun with its own flags.
+shared by all methods, but for those whose flag --method asks for another training: these share one of
+their own. Finished steps are skipped and an interrupted one is resumed: this can be stopped at any time
+and called again. LAUNCHER starts a step: "python", or torchrun with its own flags.
 
 The calls that run at a time with --jobs share the cores, and one that runs alone has them all. On a CPU
 the number of threads changes the digits, and by the end of a training the results, about as another
@@ -54,7 +55,8 @@ KEYS = {
     "step_0": "further flags for step 0",
     "later": "further flags for steps >= 1",
     "joint": "further flags for the joint training, '' for none of it",
-    "methods": "an object of names and their flags for steps >= 1, one at least",
+    "methods": "an object of names and their flags for steps >= 1, one at least; of these --method, "
+    "and --ac with it, hold for step 0 too",
 }
 SEVERAL = {"tasks": (list, str), "seeds": (list, int), "methods": (dict, str)}
 RESERVED = ("--config", "--device", "--overwrite", "--test", "--prev_checkpoint")
@@ -118,18 +120,31 @@ def plan(experiment: dict, save_dir: str) -> tuple[list[Sequence], list[Sequence
     classes = load_config(ROOT / experiment["config"])[0].data.dataset.classes
     for seed, name in itertools.product(experiment["seeds"], experiment["tasks"]):
         task = get_task(name, experiment["setting"], classes)
-        step = _step(experiment, save_dir, "step0", seed, name, 0, experiment["step_0"])
-        base = Sequence("step0", task, seed, [step])
-        bases.append(base)
+        shared = {}
         for method, flags in experiment["methods"].items():
             flags = f"{experiment['later']} {flags}"
             numbers = range(1, len(task.steps))
             steps = [_step(experiment, save_dir, method, seed, name, t, flags) for t in numbers]
+            folder, flags = _of_step_0(steps[0][1])
+            if folder not in shared:
+                flags = f"{experiment['step_0']} {flags}"
+                step = _step(experiment, save_dir, folder, seed, name, 0, flags)
+                shared[folder] = Sequence(folder, task, seed, [step])
+                bases.append(shared[folder])
+            base = shared[folder]
             others.append(Sequence(method, task, seed, steps, base))
         if experiment["joint"]:
             step = _step(experiment, save_dir, "joint", seed, "joint", 0, experiment["joint"])
             others.append(Sequence("joint", task, seed, [step]))
     return bases, others
+
+
+def _of_step_0(config):
+    """Name and further flags of the step 0 that a method's later steps, so configured, start from."""
+    if config.method == "eir":
+        return "step0", ""
+    ac = f"{config.hyperparameter.ac:g}"
+    return f"step0-{config.method}-ac{ac}", f"--method {config.method} --ac {ac}"
 
 
 def _step(experiment, save_dir, method, seed, task, number, flags):

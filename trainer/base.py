@@ -41,7 +41,7 @@ class Batch:
     images float [N, 3, H, W], normalised; labels uint8 [N, H, W], channels and 255; replayed bool [N],
     the images of the memory; pseudo uint8 [N, H, W], channels, pseudo labels of whole images, or None;
     epoch (from 0) and indices [N], on the host, name the samples; valid: the pixels of the whole batch
-    that are not void, over all its micro-batches and processes: losses are divided by it.
+    that count (Trainer.counted), over all its micro-batches and processes: losses are divided by it.
     """
 
     images: torch.Tensor
@@ -105,6 +105,10 @@ class Trainer:
     def training_set(self) -> TrainDataset:
         """What is trained on; a step with a memory draws and stores it here."""
         return TrainDataset(self.data.training(), None, self.config.seed)
+
+    def counted(self, labels: torch.Tensor) -> torch.Tensor:
+        """The pixels, bool, that the loss is a mean over: all that are not void in labels [N, H, W]."""
+        return labels != VOID
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Loss of a micro-batch, divided by batch.valid, and its terms by name.
@@ -229,7 +233,7 @@ class Trainer:
         names = ("image", "label", "replayed", "alone", "pseudo")
         moved = {key: raw[key].to(self.device, non_blocking=True) for key in names if key in raw}
         image, label, replayed, alone, pseudo = map(moved.get, names)
-        valid = all_sum((label != VOID).sum()).clamp(min=1)
+        valid = all_sum(self.counted(label).sum()).clamp(min=1)
         image = normalize(image, label, alone).to(next(self.model.parameters()).dtype)
         # every process makes as many micro-batches, since each of them is a meeting of all processes
         pieces = micro_batches(self.config, self.batches.sizes())
@@ -246,6 +250,6 @@ class Trainer:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32)
 
     def normalizer(self, batch: Batch) -> torch.Tensor:
-        """1 / non-void pixels of the batch, in the precision of the losses."""
+        """1 / pixels of the batch that count, in the precision of the losses."""
         dtype = torch.float64 if batch.images.dtype == torch.float64 else torch.float32
         return 1 / batch.valid.to(dtype)

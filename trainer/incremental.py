@@ -6,8 +6,8 @@ from data_loader.dataset import TrainDataset
 from data_loader.paste import Bank, Composite, PasteAugmentation
 from models.deeplabv3 import upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
-from trainer.base import Batch, Trainer
-from trainer.output import read_model
+from trainer.base import Batch
+from trainer.later_step import LaterStep
 from trainer.pseudo_labels import (
     ImageLabels,
     WholeImages,
@@ -15,50 +15,34 @@ from trainer.pseudo_labels import (
     pseudo_labels,
     store_pseudo_labels,
 )
-from trainer.setup import trainable
 from utils.checkpoint import content_digest
 from utils.logging import log
 
 
-class IncrementalStep(Trainer):
+class IncrementalStep(LaterStep):
     """L = mbce * L_bce(soft labels) + kd * L_distillation, on images with pasted instances."""
 
     def initialize(self, fresh: bool) -> None:
-        """The teacher is the model of step t-1; the student starts from it, with a new classifier."""
-        backbone, before = self.config.arch.args.backbone, self.data.step - 1
-        self.teacher, checkpoint = read_model(self.previous, self.data, backbone, before)
-        self.teacher.eval().requires_grad_(False)
-        self.teacher.to(self.device, memory_format=torch.channels_last)
-        if fresh:
-            self.model.load_state_dict(self.teacher.state_dict(), strict=False)
-            if self.config.hyperparameter.ac > 0:
-                self._start_from_auxiliary()
-        if checkpoint.get("format") != "eir-1" or checkpoint.get("ac", 0) > 0:
+        """Teacher and student; the distillation needs a teacher that knows the background."""
+        super().initialize(fresh)
+        if self.auxiliary:
             log.warning(
                 f"{self.previous} may hold an auxiliary classifier (DKD) in place of the background's: "
                 "the teacher's background score then means nothing to the distillation"
             )
 
-    def _start_from_auxiliary(self):
-        """New classifier from cls.0, as DKD does."""
-        new, auxiliary = self.model.cls[-1], self.model.cls[0]
-        with torch.no_grad():
-            new.weight.copy_(auxiliary.weight.expand_as(new.weight))
-            new.bias.copy_(auxiliary.bias.expand_as(new.bias))
-
     def training_set(self) -> TrainDataset:
-        """Images of this step, then the entries of the memory, which is drawn if it is not there."""
-        memory = self.data.memory(self.folder / "memory", self.previous.parent / "memory")
-        self.paste = None
+        """As in LaterStep; what is pasted comes from the same memory."""
+        samples = super().training_set()
+        self.paste, memory = None, samples.memory
         if memory and self.config.data.memory.replay == "eir":
             bank = Bank(memory, 1 + sum(self.teacher.classes), self.device)
             crop_size = self.config.data.train.args.transform_args.crop_size
             settings, seed = self.config.hyperparameter.paste, self.config.seed
             self.paste = PasteAugmentation(settings, crop_size, bank, seed)
-        dataset = TrainDataset(self.data.training(), memory, self.config.seed)
         if self.config.hyperparameter.pseudo_labels == "image":
-            dataset.pseudo = self._look_at_whole_images(dataset)
-        return dataset
+            samples.pseudo = self._look_at_whole_images(samples)
+        return samples
 
     def _look_at_whole_images(self, dataset):
         """Pseudo labels of all whole images of a training set, stored in the step's folder."""
@@ -75,16 +59,6 @@ class IncrementalStep(Trainer):
             data.num_workers,
         )
         return ImageLabels(folder, task.label_table(known))
-
-    def parameter_groups(self) -> list[dict]:
-        """As at step 0, but with weight decay on the new classifier only."""
-        lr, model = self.config.optimizer.args.lr, self.model
-        return [
-            {"params": trainable(model.backbone), "lr": lr, "weight_decay": 0},
-            {"params": trainable(model.aspp), "lr": 10 * lr, "weight_decay": 0},
-            {"params": trainable(model.cls[:-1]), "lr": 10 * lr, "weight_decay": 0},
-            {"params": trainable(model.cls[-1]), "lr": 10 * lr},
-        ]
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         settings = self.config.hyperparameter
@@ -136,12 +110,6 @@ class IncrementalStep(Trainer):
             return batch.labels, None
         on_image = self.teach(batch.images)
         return pseudo_labels(batch.labels, on_image, settings.pseudo_thresh), on_image
-
-    @torch.no_grad()
-    def teach(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits of the teacher at stride 16."""
-        with self.autocast():
-            return self.teacher(images, upsample=False)
 
     @torch.no_grad()
     def compose(self, batch: Batch, labels: torch.Tensor) -> Composite:

@@ -9,6 +9,7 @@ from configs.options import Config, EvalCall, TrainCall
 from data_loader.data_loaders import StepData
 from trainer import output
 from trainer.base_step import BaseStep
+from trainer.dkd import DKDBaseStep, DKDStep
 from trainer.evaluate import evaluate
 from trainer.incremental import IncrementalStep
 from utils.checkpoint import final_checkpoint, locked, write_json
@@ -18,7 +19,7 @@ from utils.logging import log, set_up_logging
 from utils.metrics import format_table
 
 # The kinds of steps by method: that of step 0, and that of the steps after it.
-STEPS = {"eir": (BaseStep, IncrementalStep)}
+STEPS = {"eir": (BaseStep, IncrementalStep), "dkd": (DKDBaseStep, DKDStep)}
 
 
 def train(config: Config, call: TrainCall) -> None:
@@ -37,7 +38,7 @@ def train(config: Config, call: TrainCall) -> None:
     data = StepData(config)
     previous = output.previous_checkpoint(config, call) if data.step else None
     set_up_logging(None, config.trainer.verbosity, rank() == 0)  # no file before all is checked
-    kind = STEPS["eir"][min(data.step, 1)]
+    kind = STEPS[config.method][min(data.step, 1)]
     trainer = kind(config, data, resume, previous)
     barrier()  # all processes have looked at the folder before the first one writes into it
     busy = f"another process is training {folder}: wait for it, or end it"

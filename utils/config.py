@@ -160,7 +160,8 @@ def read_json(cls: type[T], path: str | Path, accepted: dict[str, tuple | None])
     """A configuration of class `cls` from a JSON file, checked key by key.
 
     accepted: path -> values, for keys that are no options. With None any value is accepted, and the key
-    is ignored; else one of those values must stand there.
+    is ignored; else one of those values must stand there. An option that stands in `accepted` too is
+    read, and listed as ignored: the caller knows when it is not.
     Returns the configuration and the paths that were ignored.
     Raises UserError for a missing or malformed file, unknown keys, wrong types, values not allowed.
     """
@@ -187,6 +188,8 @@ def _read_object(config, data, where, known, accepted, ignored):
         path = f"{where}.{key}" if where else key
         if path in known:
             put(config, path, known[path].checked(value, path))
+            if path in accepted:
+                ignored.append(path)
         elif any(other.startswith(f"{path}.") for other in known):
             _read_object(config, value, path, known, accepted, ignored)
         elif path not in accepted:

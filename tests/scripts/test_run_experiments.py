@@ -470,9 +470,26 @@ def test_the_experiments_that_are_here_can_be_run(path, tmp_path):
     experiment = read_experiment(path)
     experiment["seeds"] = experiment["seeds"][-1:]  # saves time
     bases, others = plan(experiment, str(tmp_path / "saved"))
-    assert len(bases) == len(experiment["tasks"])
-    assert len(others) == len(bases) * (len(experiment["methods"]) + bool(experiment["joint"]))
+    tasks, has_dkd = len(experiment["tasks"]), "DKD" in experiment["methods"]
+    assert len(bases) == tasks * (1 + has_dkd)
+    assert len(others) == tasks * (len(experiment["methods"]) + bool(experiment["joint"]))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_methods_of_another_training_share_a_step_0_of_their_own(fresh, tmp_path):
+    dkd = "--method dkd --ac 1 --replay"
+    more = {"DKD": f"{dkd} none", "DKD-M": f"{dkd} image", "more ac": f"{dkd} none --ac 2"}
+    fresh.write(methods={**METHODS, **more})
+    bases, others = plan(read_experiment(fresh.file), str(tmp_path / "saved"))
+    names = ["step0", "step0-dkd-ac1", "step0-dkd-ac2"]
+    assert [base.method for base in bases] == names
+    assert [bases.index(s.base) for s in others] == [0, 0, 1, 1, 2]
+    configs = [base.steps[0][1] for base in bases]
+    assert [c.method for c in configs] == ["eir", "dkd", "dkd"]
+    assert [c.hyperparameter.ac for c in configs] == [0, 1, 2]
+    assert [c.trainer.epochs for c in configs] == [2, 2, 2]
+    assert [c.name for c in configs] == [f"{name}-seed1" for name in names]
+    assert [c.step_dir().name for c in configs] == ["step_0"] * 3
 
 
 IOU = {name: 1.5 * i * i + 3 for i, name in enumerate(CLASS_NAMES)}

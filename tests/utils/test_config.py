@@ -4,12 +4,13 @@ import json
 
 import pytest
 
-from configs.options import ACCEPTED, Config, load_config, read_eval, read_train
+from configs.options import ACCEPTED, DKD_ALONE, Config, load_config, read_eval, read_train
 from tests.helpers import PROJECT
 from utils.config import differences, options, put
 from utils.errors import UserError
 
 HARMLESS = {key: (allowed or [True])[0] for key, allowed in ACCEPTED.items()}
+HARMLESS |= dict.fromkeys(DKD_ALONE, 5.0)
 
 
 def write(tmp_path, content):
@@ -241,6 +242,52 @@ class TestExperiment:
         assert str(config.step_dir(1, "log")) == "_saved_voc/log/overlap_5-3_EIR/step_1"
 
 
+DKD = ["--method", "dkd", "--ac", "1"]
+
+
+class TestDKD:
+    """The second method: its keys of the family's files, and what it cannot be without."""
+
+    @pytest.mark.parametrize("by_flag", [True, False])
+    def test_its_weights_are_read_with_it_and_ignored_without(self, tmp_path, by_flag):
+        content = {"hyperparameter": {"dkd_pos": 2, "dkd_neg": 3, "ac": 0.5}}
+        file = write(tmp_path, content if by_flag else {**content, "method": "dkd"})
+        flags = ["-c", str(file), *(["--method", "dkd"] if by_flag else [])]
+        config, call = read_train(flags)
+        weights = config.hyperparameter
+        assert (weights.dkd_pos, weights.dkd_neg, weights.ac) == (2, 3, 0.5) and call.ignored == []
+        written = load_config(write(tmp_path, config.to_dict()))[0]
+        assert written == config and differences(written, config) == []
+
+        config, call = read_train([*flags, "--method", "eir"])
+        weights = config.hyperparameter
+        assert (weights.dkd_pos, weights.dkd_neg, weights.ac) == (5, 5, 0.5)
+        assert call.ignored == list(DKD_ALONE)
+        assert load_config(write(tmp_path, config.to_dict())) == (config, [])
+
+    def test_its_configuration_is_the_papers(self):
+        config, call = read_train(["-c", str(PROJECT / "configs" / "config_voc_dkd.json")])
+        weights = config.hyperparameter
+        names = ("mbce", "kd", "dkd_pos", "dkd_neg", "ac")
+        assert [getattr(weights, name) for name in names] == [1, 5, 5, 5, 1]
+        assert config.method == "dkd" and config.data.memory.replay == "none" and call.ignored == []
+        changed = ["name", "method", "data_loader.args.memory.replay", "hyperparameter.ac"]
+        assert differences(Config(), config) == changed
+
+    @pytest.mark.parametrize(
+        ("flags", "words"),
+        [
+            (["--method", "dkd"], "an auxiliary one.*give --ac 1"),
+            ([*DKD, "--task_step", "1"], "knows no --replay eir: give --replay none"),
+            ([*DKD, "--task_step", "1", "--replay", "instance"], "knows no --replay instance"),
+            (["--method", "ssul"], "allowed: eir, dkd|invalid choice|'ssul'"),
+        ],
+    )
+    def test_what_it_cannot_be_is_refused(self, flags, words):
+        with pytest.raises(UserError, match=words):
+            read_train(flags)
+
+
 class TestFlagsWithoutEffect:
     """No flag that was given is without effect in silence."""
 
@@ -263,6 +310,14 @@ class TestFlagsWithoutEffect:
             (["--task_step", "1", "--prev_checkpoint", "f.pth"], []),
             (["--test", "--lr", "1", "--name", "x", "--eval_crop", "off", "--overwrite"],
              ["--lr", "--overwrite"]),
+            ([*DKD, "--task_step", "0", "--dkd_pos", "1", "--replay", "none"],
+             ["--replay", "--dkd_pos"]),
+            ([*DKD, "--task_step", "1", "--replay", "image", "--mem_size", "5", "--kd", "2",
+              "--dkd_pos", "1", "--dkd_neg", "2"], []),
+            ([*DKD, "--task_step", "1", "--replay", "none", "--pseudo_labels", "off", "--kd_mode",
+              "plain", "--rskd_region", "all", "--pseudo_thresh", "0.6", "--fusion", "off"],
+             ["--pseudo_thresh", "--pseudo_labels", "--kd_mode", "--rskd_region", "--fusion"]),
+            (["--task_step", "1", "--dkd_pos", "1", "--dkd_neg", "2"], ["--dkd_pos", "--dkd_neg"]),
             (["-d", "0,1"], ["-d"]),
             (["-d", "2"], []),
         ],

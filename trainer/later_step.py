@@ -1,0 +1,58 @@
+"""What the steps t >= 1 of every method share: a teacher, a new classifier, a memory."""
+
+from collections.abc import Callable
+
+import torch
+
+from data_loader.dataset import TrainDataset
+from trainer.base import Trainer
+from trainer.output import read_model
+from trainer.setup import trainable
+
+
+class LaterStep(Trainer):
+    """The student starts from the model of step t-1, which stays beside it as the teacher."""
+
+    def initialize(self, fresh: bool) -> None:
+        """The teacher is the model of step t-1; the student starts from it, with a new classifier."""
+        backbone, before = self.config.arch.args.backbone, self.data.step - 1
+        self.teacher, checkpoint = read_model(self.previous, self.data, backbone, before)
+        # whether cls.0 may be DKD's auxiliary classifier, which says nothing of the background
+        self.auxiliary = checkpoint.get("format") != "eir-1" or checkpoint.get("ac", 0) > 0
+        self.teacher.eval().requires_grad_(False)
+        self.teacher.to(self.device, memory_format=torch.channels_last)
+        if fresh:
+            self.model.load_state_dict(self.teacher.state_dict(), strict=False)
+            if self.config.hyperparameter.ac > 0:
+                self._start_from_auxiliary()
+
+    def _start_from_auxiliary(self):
+        """New classifier from cls.0, as DKD does."""
+        new, auxiliary = self.model.cls[-1], self.model.cls[0]
+        with torch.no_grad():
+            new.weight.copy_(auxiliary.weight.expand_as(new.weight))
+            new.bias.copy_(auxiliary.bias.expand_as(new.bias))
+
+    def training_set(self, seen: Callable[[], list[set[int]]] | None = None) -> TrainDataset:
+        """Images of this step, then the entries of the memory, which is drawn if it is not there.
+
+        seen: as StepData.memory takes it.
+        """
+        memory = self.data.memory(self.folder / "memory", self.previous.parent / "memory", seen)
+        return TrainDataset(self.data.training(), memory, self.config.seed)
+
+    def parameter_groups(self) -> list[dict]:
+        """As at step 0, but with weight decay on the new classifier only."""
+        lr, model = self.config.optimizer.args.lr, self.model
+        return [
+            {"params": trainable(model.backbone), "lr": lr, "weight_decay": 0},
+            {"params": trainable(model.aspp), "lr": 10 * lr, "weight_decay": 0},
+            {"params": trainable(model.cls[:-1]), "lr": 10 * lr, "weight_decay": 0},
+            {"params": trainable(model.cls[-1]), "lr": 10 * lr},
+        ]
+
+    @torch.no_grad()
+    def teach(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits of the teacher at stride 16."""
+        with self.autocast():
+            return self.teacher(images, upsample=False)
