@@ -16,7 +16,7 @@ from data_loader.dataset import LabelledImages
 from data_loader.memory import Memory, Source, build_memory, stored_entries
 from data_loader.tasks import check_step, get_task
 from data_loader.transforms import EvalTransform, TrainTransform, whole
-from utils.distributed import barrier, first_process_first, rank
+from utils.distributed import barrier, first_process_first, loader_processes, rank
 from utils.errors import UserError
 from utils.logging import log
 from utils.visualize import VOID
@@ -82,7 +82,7 @@ def make_loader(dataset: Dataset, batches: Sampler, workers: int, pin: bool) -> 
     return DataLoader(
         dataset,
         batch_sampler=batches,
-        num_workers=workers,
+        **loader_processes(workers),
         pin_memory=pin and torch.cuda.is_available(),
         persistent_workers=workers > 0,
         generator=torch.Generator(),

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from configs.options import DataSet as Description
+from utils.distributed import loader_processes
 from utils.errors import UserError
 from utils.logging import log
 from utils.visualize import VOID, voc_palette
@@ -32,6 +33,7 @@ from utils.visualize import VOID, voc_palette
 PROJECT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "val")
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")  # formats that may change a class id
+WORTH_PROCESSES = 256  # images of a list, from which it pays to start processes to scan them
 PHOTOGRAPH_MODES = ("RGB", "L", "P", "1", "CMYK", "YCbCr", "RGBA", "LA", "PA")  # 8 bits or less
 
 
@@ -379,7 +381,8 @@ class Scanner(Dataset):
 
 def _scan(images, workers, description):
     scanner = Scanner(images, description)
-    loader = DataLoader(scanner, batch_size=32, num_workers=workers, collate_fn=np.stack)
+    workers = workers if len(scanner) >= WORTH_PROCESSES else 0
+    loader = DataLoader(scanner, batch_size=32, collate_fn=np.stack, **loader_processes(workers))
     bar = tqdm(loader, desc=f"label index of {images.name}", unit="batch", disable=None)
     rows = np.concatenate(list(bar))
     return LabelIndex(rows[:, 0], rows[:, 1])

@@ -35,8 +35,18 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data_loader.data_loaders import cores
-from data_loader.data_root import SPLITS, DataRoot, ImageList, Scanner, read_image, read_lines, reading
+from data_loader.data_root import (
+    SPLITS,
+    WORTH_PROCESSES,
+    DataRoot,
+    ImageList,
+    Scanner,
+    read_image,
+    read_lines,
+    reading,
+)
 from utils.checkpoint import locked, write_atomically
+from utils.distributed import loader_processes
 from utils.errors import UserError, exit_with, explained
 from utils.visualize import VOID, label_image, voc_palette
 
@@ -341,7 +351,8 @@ def check(root: Path) -> bool:
                 "with published ones; this script writes it anew if you delete it"
             )
         inspection = Inspection(images, Scanner(images, data.set))
-        loader = DataLoader(inspection, batch_size=32, num_workers=cores(), collate_fn=list)
+        processes = loader_processes(cores() if len(inspection) >= WORTH_PROCESSES else 0)
+        loader = DataLoader(inspection, batch_size=32, collate_fn=list, **processes)
         for batch in tqdm(loader, desc=f"check of {name}", unit="batch", disable=None):
             results += batch
     if len(lists) == len(SPLITS):

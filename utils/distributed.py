@@ -11,10 +11,12 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -203,6 +205,40 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def loader_processes(count: int) -> dict[str, Any]:
+    """Arguments of a DataLoader that works in `count` processes of its own; 0: in this one.
+
+    A process with threads, such as those of PyTorch, should not be forked: their locks would be copied
+    as they are, and Python 3.12 and later warn of it. So the processes are forked from a server that
+    has only imported the libraries; without such servers (Windows) each starts from nothing.
+    """
+    if not count:
+        return {"num_workers": 0}
+    method = "forkserver" if "forkserver" in mp.get_all_start_methods() else "spawn"
+    context = mp.get_context(method)
+    if method == "forkserver":
+        os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # else NumPy starts threads in the server
+        context.set_forkserver_preload(["torch", "torchvision.transforms.v2", "scipy.ndimage"])
+    return {
+        "num_workers": count,
+        "multiprocessing_context": context,
+        "worker_init_fn": _end_with_parent,
+    }
+
+
+def _end_with_parent(_):
+    """Have this process of a loader end when the one that it works for does, even if that was killed.
+
+    PyTorch looks whether the process that started it still lives, but that is the server.
+    """
+
+    def wait():
+        mp.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def device() -> torch.device:

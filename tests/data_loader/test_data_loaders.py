@@ -1,6 +1,11 @@
 """What a step sees, against a reading of the label maps, and which samples form which batch."""
 
+import os
 import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,7 +13,7 @@ from PIL import Image
 
 from data_loader import data_loaders
 from data_loader.data_loaders import EvalBatches, StepData, TrainBatches
-from tests.helpers import small_config
+from tests.helpers import PROJECT, small_config
 from utils.errors import UserError
 
 ORDER_B = [12, 9, 20, 7, 15, 8, 14, 16, 5, 19, 4, 1, 13, 2, 11, 17, 3, 6, 18, 10]
@@ -176,3 +181,37 @@ def test_workers_that_have_no_core_are_not_started_and_that_is_said_once(monkeyp
     for asked, started in ((2, 2), (3, 3), (7, 3), (7, 3)):
         assert data_loaders.make_loader([0], [[0]], asked, pin=False).num_workers == started
     assert len(found) == 1 and found[0].startswith("3 loader processes instead of 7 (--num_workers)")
+
+
+def test_processes_of_a_loader_are_not_forked_from_the_one_that_trains():
+    """What Python 3.12 warns of, and the tests' configuration makes an error."""
+    loader = data_loaders.make_loader([4, 5], [[0], [1]], 1, pin=False)
+    assert loader.multiprocessing_context.get_start_method() != "fork"
+    assert [int(batch) for batch in loader] == [4, 5]
+
+
+PARENT = """
+from data_loader.data_loaders import make_loader
+
+if __name__ == "__main__":
+    batches = iter(make_loader(range(8), [[i] for i in range(8)], 1, pin=False))
+    next(batches)
+    print(*(worker.pid for worker in batches._workers), flush=True)
+    input()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="looks for processes in /proc")
+def test_processes_of_a_loader_end_with_one_that_is_killed(tmp_path):
+    script = tmp_path / "parent.py"
+    script.write_text(PARENT)
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    pipe = subprocess.PIPE
+    with subprocess.Popen([sys.executable, script], stdin=pipe, stdout=pipe, env=environment) as parent:
+        workers = [Path("/proc", pid) for pid in parent.stdout.readline().decode().split()]
+        assert workers and all(worker.exists() for worker in workers)
+        parent.kill()
+    limit = time.monotonic() + 60
+    while any(worker.exists() for worker in workers):
+        assert time.monotonic() < limit, "a process of a loader outlives the one it works for"
+        time.sleep(0.05)

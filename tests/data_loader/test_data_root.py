@@ -86,7 +86,10 @@ def test_scan_counts_pixels_and_regions_like_a_flood_fill(label):
 
 @pytest.mark.parametrize(("split", "name"), [("train", "train_aug"), ("val", "val")])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_index_of_a_root_equals_a_reading_of_its_label_maps(voc_root, tmp_path, split, name, workers):
+def test_index_of_a_root_equals_a_reading_of_its_label_maps(
+    voc_root, tmp_path, monkeypatch, split, name, workers
+):
+    monkeypatch.setattr(data_root, "WORTH_PROCESSES", 1)
     data = DataRoot(voc_root, tmp_path)
     images = data.read_list(split)
     index = data.index(images, workers)
