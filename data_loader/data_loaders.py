@@ -186,6 +186,14 @@ class StepData:
         shown = self._index(split).present[self.select(split)].any(axis=0)
         return ", ".join(self.task.named(c for c in classes if not shown[c]))
 
+    def never_shown(self) -> list[str]:
+        """Names of the classes seen so far whose label no training image of any step so far shows."""
+        shown = set()
+        for step in range(self.step + 1):
+            present = self._index("train").present[self.select("train", step)].any(axis=0)
+            shown |= {c for c in self.task.visible(step, "train") if present[c]}
+        return self.task.named(c for c in self.task.seen(self.step) if c not in shown)
+
     @property
     def classes(self) -> list[int]:
         """Number of classes of each step so far, as DeepLabV3 takes them."""

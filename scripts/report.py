@@ -20,6 +20,7 @@ from configs.options import load_config
 from data_loader.tasks import get_task
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
 from utils.errors import UserError, exit_with
+from utils.metrics import FOOTNOTE
 
 INTRODUCTION = """# Results
 
@@ -52,8 +53,8 @@ def save(figure: Figure, path: Path) -> None:
 def read_steps(folder: Path) -> dict[int, dict]:
     """The IoU in metrics.json of the finished steps of a run, in their order.
 
-    Each step has the keys of GROUPS, in percent or None, and by_class. UserError if there is no
-    finished step, or if its metrics are damaged.
+    Each step has the keys of GROUPS, in percent or None, by_class, and the names without_images, whose
+    0 is no error of the model. UserError if there is no finished step, or if its metrics are damaged.
     """
     found = {path.parent.name[5:]: path for path in folder.glob("step_*/metrics.json")}
     found = {int(step): path for step, path in found.items() if step.isdecimal()}
@@ -67,6 +68,7 @@ def read_steps(folder: Path) -> dict[int, dict]:
         try:
             iou = json.loads(path.read_text(encoding="utf-8"))["Mean_Intersection_over_Union"]
             steps[step] = {key: iou[key] for key in (*GROUPS, "by_class")}
+            steps[step]["without_images"] = [*iou.get("without_images", [])]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"cannot read the metrics {path}: {error!r}") from None
     return steps
@@ -80,9 +82,11 @@ def run_table(steps: dict[int, dict]) -> str:
 
     def line(title, values):
         cells = ("-" if value is None else f"{value:.2f}" for value in values)
-        return f"{title:<16}" + "".join(f"{cell:>8}" for cell in cells)
+        marks = ("*" if title in iou["without_images"] else " " for iou in steps.values())
+        cells = (f"{cell:>8}{mark}" for cell, mark in zip(cells, marks, strict=False))
+        return f"{title:<16}{''.join(cells)}".rstrip()
 
-    header = f"{'step':<16}" + "".join(f"{step:>8}" for step in steps)
+    header = f"{'step':<16}" + "".join(f"{step:>8} " for step in steps)
     lines = [header, "-" * len(header)]
     lines += [line(title, [iou[group] for iou in steps.values()]) for group, title in GROUPS.items()]
     last = max(steps)
@@ -92,6 +96,8 @@ def run_table(steps: dict[int, dict]) -> str:
     lines.append("")
     for name in steps[last]["by_class"]:
         lines.append(line(name, [iou["by_class"].get(name) for iou in steps.values()]))
+    if any(iou["without_images"] for iou in steps.values()):
+        lines += ["", FOOTNOTE]
     return "\n".join(lines)
 
 

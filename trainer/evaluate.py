@@ -44,6 +44,20 @@ def confusion_matrix(
 def evaluate(
     model: nn.Module, data: StepData, split: str, device: torch.device, score: float = 0.5
 ) -> dict:
-    """Metrics of a split (utils.metrics.compute_metrics), equal in every process."""
+    """Metrics of a split (utils.metrics.compute_metrics), equal in every process.
+
+    Where an IoU of 0 is no error of the model, since no training image shows the class or no pixel of
+    the split, the IoU has the names of those classes as `without_images`; the means count them.
+    """
     counts = confusion_matrix(model, data, split, device, score)
-    return compute_metrics(counts, data.class_names, *data.groups)
+    metrics = compute_metrics(counts, data.class_names, *data.groups)
+    iou = metrics["Mean_Intersection_over_Union"]
+    untrained = data.never_shown()
+    lacking = [
+        name
+        for (name, value), pixels in zip(iou["by_class"].items(), counts.sum(axis=1), strict=True)
+        if value == 0 and (pixels == 0 or name in untrained)
+    ]
+    if lacking:
+        iou["without_images"] = lacking
+    return metrics

@@ -69,13 +69,20 @@ def harmonic_mean(a: float | None, b: float | None) -> float | None:
     return 2 * a * b / (a + b) if a + b else 0.0
 
 
+# Below a table in which classes are marked: those that an IoU calls `without_images`.
+FOOTNOTE = "* no image to learn it from, or none to test it on: a 0 that is no error of the model"
+
+
 def format_table(metrics: dict[str, dict], old: list[int], new: list[int]) -> str:
     """A table for people: class, group, IoU and accuracy, then the means."""
     iou, recall = (metrics[m] for m in (METRICS[2], METRICS[1]))
+    marked = iou.get("without_images", ())
     lines = [f"{'class':<14}{'group':>6}{'IoU':>9}{'accuracy':>10}"]
     for channel, (name, value) in enumerate(iou["by_class"].items()):
         group = "old" if channel in old else "new" if channel in new else "-"
-        lines.append(f"{name:<14}{group:>6}{value:>9.2f}{recall['by_class'][name]:>10.2f}")
+        mark = "*" if name in marked else ""
+        lines.append(f"{name:<14}{group:>6}{value:>9.2f}{mark:<1}{recall['by_class'][name]:>9.2f}")
+    lines += [FOOTNOTE] if marked else []
     titles = {"overall": "all", "old": "old", "new": "new", "harmonic": "harmonic"}
     lines += ["", f"{'':<30}" + "".join(f"{title:>10}" for title in titles.values())]
     for metric, values in metrics.items():

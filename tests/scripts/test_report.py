@@ -334,6 +334,18 @@ class TestRun:
         with Image.open(run / "curve.png") as image:
             assert np.asarray(image.convert("L")).std() > 5
 
+    def test_a_zero_that_is_no_error_is_marked(self, tmp_path, capsys):
+        run = make_steps(tmp_path, tmp_path / "nowhere", 1)
+        assert "*" not in report(run, capsys)
+        path = run / "step_1" / "metrics.json"
+        metrics = json.loads(path.read_text())
+        iou = metrics["Mean_Intersection_over_Union"]
+        iou["by_class"]["train"], iou["without_images"] = 0.0, ["train"]
+        path.write_text(json.dumps(metrics))
+        marked = [line for line in report(run, capsys).splitlines() if "*" in line]
+        assert marked[0].split() == ["train", "12.50", "0.00*"]
+        assert len(marked) == 2 and marked[1].startswith("* no image")
+
     def test_the_mean_of_steps_needs_all_steps(self, tmp_path, capsys):
         run = make_steps(tmp_path, tmp_path / "nowhere", 1)
         shutil.rmtree(run / "step_0")  # as in experiments, whose methods share it

@@ -1,8 +1,11 @@
 """Evaluation: each image once, the same numbers however it is done, against scikit-learn."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.metrics import jaccard_score
 
 from data_loader.data_loaders import StepData
@@ -94,3 +97,18 @@ def test_evaluation_keeps_cudnn_and_leaves_tf32(voc_root, tmp_path):
 
     evaluate(Watched(data.classes, "tiny"), data, "test", torch.device("cpu"))
     assert set(seen) == {(True, False, True, False)}
+
+
+def test_classes_whose_zero_is_no_error_are_named(own_root, tmp_path, model):
+    """Of 5-3: the bird of step 0 is in no training label, the bus of step 1 in no validation label."""
+    for year, lacking in ((2007, 3), (2008, 6)):  # of the training and of the validation images
+        for path in own_root.glob(f"SegmentationClassAug/{year}_*.png"):
+            label = np.array(Image.open(path))
+            label[label == lacking] = 0
+            Image.fromarray(label).save(path)
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.cls[1].bias[2], model.cls[2].bias[0] = -9, -9  # neither is ever predicted
+    metrics = evaluate(model, step_data(own_root, tmp_path), "test", CPU)
+    assert metrics["Mean_Intersection_over_Union"]["without_images"] == ["bird", "bus"]
+    assert "without_images" not in metrics["Pixel_Accuracy_Class"]

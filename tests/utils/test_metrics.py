@@ -122,3 +122,16 @@ def test_table_names_each_class_with_its_group_and_value():
 def test_table_shows_undefined_means_as_dashes():
     lines = format_table(compute_metrics(np.eye(2), ["a", "b"], [0, 1], []), [0, 1], []).splitlines()
     assert lines[-1].split()[1:] == ["100.00", "100.00", "-", "-"]
+
+
+def test_table_marks_a_class_whose_zero_is_no_error():
+    metrics = compute_metrics(
+        np.diag([6, 4, 0, 0]), ["background", "cat", "dog", "cow"], [0, 1], [2, 3]
+    )
+    plain = format_table(metrics, [0, 1], [2, 3])
+    metrics["Mean_Intersection_over_Union"]["without_images"] = ["dog"]
+    lines = format_table(metrics, [0, 1], [2, 3]).splitlines()
+    assert "*" not in plain and [line for line in lines if "*" in line] == [lines[3], lines[5]]
+    assert lines[3].split() == ["dog", "new", "0.00*", "0.00"]
+    assert lines[5].startswith("* ") and "no error of the model" in lines[5]
+    assert len({len(line) for line in lines[:5]}) == 1
