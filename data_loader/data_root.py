@@ -22,12 +22,11 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from configs.options import DataSet as Description
 from utils.distributed import loader_processes
 from utils.errors import UserError
-from utils.logging import log
+from utils.logging import log, progress
 from utils.visualize import VOID, voc_palette
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -383,8 +382,7 @@ def _scan(images, workers, description):
     scanner = Scanner(images, description)
     workers = workers if len(scanner) >= WORTH_PROCESSES else 0
     loader = DataLoader(scanner, batch_size=32, collate_fn=np.stack, **loader_processes(workers))
-    bar = tqdm(loader, desc=f"label index of {images.name}", unit="batch", disable=None)
-    rows = np.concatenate(list(bar))
+    rows = np.concatenate(list(progress(loader, f"label index of {images.name}", "batch")))
     return LabelIndex(rows[:, 0], rows[:, 1])
 
 

@@ -35,9 +35,9 @@ def train(config: Config, call: TrainCall) -> None:
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
         return
     resume = output.where_to_start(config, call)
+    set_up_logging(None, config.trainer.verbosity, rank() == 0)  # no file before all is checked
     data = StepData(config)
     previous = output.previous_checkpoint(config, call) if data.step else None
-    set_up_logging(None, config.trainer.verbosity, rank() == 0)  # no file before all is checked
     kind = STEPS[config.method][min(data.step, 1)]
     trainer = kind(config, data, resume, previous)
     barrier()  # all processes have looked at the folder before the first one writes into it

@@ -53,9 +53,9 @@ class _LogFile(logging.FileHandler):
 def progress(items: Collection, title: str, unit: str = "it", every: float = 30) -> Iterator:
     """The items, with a bar in a terminal; elsewhere with a line in the log every so many seconds.
 
-    Where the log shows no information (verbosity 0, all processes but the first) there is neither.
+    Where the log is to show no information (verbosity 0, all processes but the first) there is neither.
     """
-    if not log.isEnabledFor(logging.INFO):
+    if log.level > logging.INFO:
         yield from items
         return
     bar = tqdm(items, desc=title, unit=unit, disable=None, leave=False)
