@@ -66,6 +66,50 @@ def plain_distillation(logits, teacher, given, covered, mode, region="new"):
     return torch.where(counted, cost, 0).sum(dim=(1, 2))
 
 
+def plain_dkd(student, teacher, images, labels, weights):
+    """The terms of DKD's loss on a batch, by name; step 0 where teacher is None.
+
+    student and teacher are networks, weights the hyperparameters. The targets are one-hot, the parts of
+    a logit sums over its features, and every mean is one over all pixels of the batch.
+    """
+    features = student.features(images)
+    # the auxiliary classifier learns, but does not shape the features
+    read = [features.detach(), *[features] * (len(student.cls) - 1)]
+    logits = [classifier(f) for classifier, f in zip(student.cls, read, strict=True)]
+    logits = _at_full_size(logits, images)
+    old = sum(teacher.classes) if teacher else 0
+    new = range(1 + old, logits.shape[1])
+    positive = torch.tensor(weights.pos_weight, dtype=logits.dtype)
+    bce = F.binary_cross_entropy_with_logits
+    found = {
+        "bce": weights.mbce
+        * sum(bce(logits[:, c], (labels == c).to(logits.dtype), pos_weight=positive) for c in new),
+        "ac": weights.ac * bce(logits[:, 0], torch.zeros_like(logits[:, 0])),
+    }
+    if teacher is None:
+        return found
+    seen = teacher.features(images)
+    target = _at_full_size([c(seen) for c in teacher.cls], images).sigmoid().detach()
+    parts = {"kd": weights.kd * sum(bce(logits[:, c], target[:, c]) for c in range(1, 1 + old))}
+    for name, sign, weight in (("dkd_pos", 1, weights.dkd_pos), ("dkd_neg", -1, weights.dkd_neg)):
+        parts[name] = 0
+        for new_rows, old_rows in zip(_rows(student)[:old], _rows(teacher), strict=True):
+            z = sum(w * features[:, k] for k, w in enumerate(new_rows) if sign * w > 0)
+            y = sum(w * seen[:, k] for k, w in enumerate(old_rows) if sign * w > 0)
+            parts[name] = parts[name] + weight * bce(z, y.sigmoid().detach())
+    return {**found, **parts}
+
+
+def _at_full_size(logits, images):
+    size = images.shape[-2:]
+    return F.interpolate(torch.cat(logits, dim=1), size, mode="bilinear", align_corners=False)
+
+
+def _rows(model):
+    """The weights of each class of a network, 256 numbers each."""
+    return [row.flatten() for classifier in model.cls[1:] for row in classifier.weight]
+
+
 @dataclass
 class Place:
     """Where a stored crop was: its upper left corner on a canvas (height, width)."""

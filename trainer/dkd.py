@@ -98,8 +98,8 @@ class DKDStep(LaterStep):
             bce = new_class_sum(z[new:], batch.labels[i], new, settings.pos_weight)
             return {
                 "bce": settings.mbce * bce,
-                "kd": settings.kd * soft_target_sum(z[1:new], target[1:]),
                 "ac": settings.ac * F.softplus(z[0]).sum(),
+                "kd": settings.kd * soft_target_sum(z[1:new], target[1:]),
             }
 
         scale = self.normalizer(batch)

@@ -1,6 +1,7 @@
 """Gradients of the first iteration and the evaluation, in float64, written by the first process.
 
-Arguments: data root, folder for outputs, batch size of a process, micro-batches, file to write.
+Arguments: data root, folder for outputs, batch size of a process, micro-batches, file to write; and
+for step 1 of DKD the model before.
 """
 
 import sys
@@ -12,15 +13,16 @@ from configs.options import Config
 from data_loader.data_loaders import StepData, make_loader
 from tests.helpers import small_config
 from trainer.base_step import BaseStep
+from trainer.dkd import DKDStep
 from trainer.evaluate import confusion_matrix, evaluate
 from trainer.meter import Meter
 from utils.distributed import gather, launch, rank
 
 
-def work(config: Config, output: str) -> None:
+def work(config: Config, output: str, previous: str | None) -> None:
     torch.set_default_dtype(torch.float64)
     data = StepData(config)
-    trainer = BaseStep(config, data)
+    trainer = DKDStep(config, data, None, Path(previous)) if previous else BaseStep(config, data)
     trainer.prepare()
     trainer.model.train()
     for module in trainer.model.modules():
@@ -49,11 +51,13 @@ def work(config: Config, output: str) -> None:
 
 
 if __name__ == "__main__":
-    root, folder, size, pieces, output = sys.argv[1:]
+    root, folder, size, pieces, output, *previous = sys.argv[1:]
     settings = {"freeze_bn": True, "pos_weight": 2.0, "ac": 0.5}
-    settings |= {"bs": int(size), "accumulate": int(pieces)}
+    settings |= {"bs": int(size), "accumulate": int(pieces), "replay": "none"}
+    settings |= {"method": "dkd", "task_step": 1} if previous else {}
     launch(
         work,
         small_config(Path(root), Path(folder), data_loader__args__test__batch_size=3, **settings),
         output,
+        *(previous or [None]),
     )

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from configs.options import Config
+from models.deeplabv3 import DeepLabV3
 from tests.helpers import error_line, run_script, train_flags
 from trainer import setup
 from utils.distributed import _join, free_port, launch, usable_gpus
@@ -17,11 +18,18 @@ ALONE = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}  # a group 
 TWO = ("-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port")
 
 
-def gradients(voc_root, folder, processes, size, pieces):
+def gradients(voc_root, folder, processes, size, pieces, *previous):
     output = folder / f"{processes}_{pieces}.pth"
     launcher = (*TWO, free_port(), "-m") if processes == 2 else ("-m",)
     result = run_script(
-        *launcher, "tests.trainer.gradients", voc_root, folder / "saved", size, pieces, output
+        *launcher,
+        "tests.trainer.gradients",
+        voc_root,
+        folder / "saved",
+        size,
+        pieces,
+        output,
+        *previous,
     )
     assert result.returncode == 0, result.stderr
     return torch.load(output)
@@ -34,7 +42,18 @@ def one(voc_root, tmp_path_factory):
 
 @pytest.mark.parametrize("pieces", [1, 2])
 def test_two_processes_have_the_gradients_loss_and_evaluation_of_one(one, voc_root, tmp_path, pieces):
-    two = gradients(voc_root, tmp_path, 2, 5, pieces)
+    assert_same_gradients(one, gradients(voc_root, tmp_path, 2, 5, pieces))
+
+
+def test_two_processes_of_dkd_have_the_gradients_of_one(voc_root, tmp_path):
+    """Its loss uses the classifiers' weights outside the network's forward pass too."""
+    torch.save({"state_dict": DeepLabV3([5], "tiny").state_dict()}, tmp_path / "previous.pth")
+    one = gradients(voc_root, tmp_path, 1, 10, 1, tmp_path / "previous.pth")
+    two = gradients(voc_root, tmp_path, 2, 5, 2, tmp_path / "previous.pth")
+    assert_same_gradients(one, two)
+
+
+def assert_same_gradients(one, two):
     assert [i for ids in two["ids"] for i in ids] == one["ids"][0] and len(two["ids"]) == 2
     assert two["void"][0] != two["void"][1] and sum(two["void"]) == one["void"][0]
     assert two["loss"] == pytest.approx(one["loss"], abs=1e-9)
