@@ -128,6 +128,24 @@ class TestLoss:
         assert torch.allclose(positive + negative + bias, logits, atol=1e-5)
         assert (decompose(features.abs(), classifiers)[0] >= 0).all()
 
+    def test_the_parts_of_the_logits_are_not_in_half_precision(
+        self, voc_root, saved, tmp_path, monkeypatch
+    ):
+        trainer = trainer_of(voc_root, saved, tmp_path, 1, amp_dtype="bf16")
+        seen = []
+
+        def spy(features, classifiers):
+            parts = decompose(features, classifiers)
+            seen.extend(part.dtype for part in parts)
+            return parts
+
+        monkeypatch.setattr(dkd, "decompose", spy)
+        assert trainer.amp_dtype == torch.bfloat16
+        loss, terms, found = by_code(trainer)
+        assert seen == [torch.float32] * 4
+        assert np.isfinite([loss, *terms.values()]).all()
+        assert all(gradient.isfinite().all() for gradient in found.values())
+
     def test_a_whole_iteration_waits_for_nothing(self, voc_root, saved, tmp_path, monkeypatch):
         trainer = trainer_of(voc_root, saved, tmp_path, 1)
         raw = raw_batch(trainer)
