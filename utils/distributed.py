@@ -5,6 +5,7 @@ started. Without CUDA the group is gloo.
 """
 
 import gc
+import logging
 import os
 import re
 import signal
@@ -60,6 +61,7 @@ def launch(worker: Callable, config, *arguments) -> None:
             exit_with(
                 UserError("several nodes need --dist_url tcp://HOST:PORT of the first, or torchrun")
             )
+        logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # who ends whom
         context = mp.spawn(_run, (worker, config, url, *arguments), nprocs=gpus, join=False)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         try:

@@ -5,11 +5,21 @@ from pathlib import Path
 import torch
 
 from configs.options import Config, TrainCall
-from models.deeplabv3 import freeze_bn, stop_dropout
+from models.deeplabv3 import DeepLabV3, freeze_bn, stop_dropout
 from trainer.base import Trainer
 from trainer.meter import Meter
 from trainer.run import train
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import read_checkpoint, save_checkpoint
+
+# The kinds of steps, by what they change in `small_config`; after step 0 they start from the model of
+# `confident_model`.
+LATER = {"task_step": 1, "mem_size": 9, "pseudo_thresh": 0.2, "freeze_bn": True}
+KINDS = {
+    "base": {"ac": 0.5},
+    "incremental": LATER,
+    "whole images": {**LATER, "pseudo_labels": "image"},
+    "DKD": {**LATER, "method": "dkd", "replay": "none", "ac": 1.0},
+}
 
 
 def run(config: Config, **request) -> None:
@@ -31,6 +41,16 @@ def training_mode(trainer: Trainer) -> None:
 
 def silent_meter(trainer: Trainer) -> Meter:
     return Meter("", len(trainer.batches), trainer.device, shown=False)
+
+
+def confident_model(path: Path) -> Path:
+    """Write a model of step 0 of 5-3 that sees its classes everywhere: there will be pseudo labels."""
+    torch.manual_seed(1)
+    model = DeepLabV3([5], "tiny")
+    torch.nn.init.constant_(model.cls[0].bias, -3.0)
+    torch.nn.init.normal_(model.cls[1].weight, std=0.3)
+    save_checkpoint(path, {"format": "eir-1", "ac": 0.0, "state_dict": model.state_dict()})
+    return path
 
 
 def assert_same(a, b, where: str = "checkpoint") -> None:
