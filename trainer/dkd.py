@@ -23,6 +23,7 @@ class DKDBaseStep(BaseStep):
     """L = mbce * L_bce + ac * L_ac; the auxiliary classifier learns to answer no everywhere."""
 
     def counted(self, labels: torch.Tensor) -> torch.Tensor:
+        """All pixels."""
         return torch.ones_like(labels, dtype=torch.bool)
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -53,6 +54,7 @@ class DKDStep(LaterStep):
             )
 
     def counted(self, labels: torch.Tensor) -> torch.Tensor:
+        """All pixels."""
         return torch.ones_like(labels, dtype=torch.bool)
 
     def training_set(self) -> TrainDataset:

@@ -54,11 +54,13 @@ def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, cap
         (1, {"epoch": 0}, "start at 1"),
         (1, {"output": "sheet.foo"}, "give the name of a .png file"),
         (1, {"output": "none/sheet.png"}, "no folder"),
+        (1, {"method": "dkd"}, "--method dkd pastes nothing"),
         (1, {}, "step 0 is not finished"),
     ],
 )
 def test_what_it_refuses(voc_root, tmp_path, step, wrong, line):
+    config = small_config(voc_root, tmp_path, task_step=step, method=wrong.pop("method", "eir"))
     asked = options(tmp_path / wrong.pop("output", "sheet.png"), **wrong)
     with pytest.raises(UserError, match=line):
-        preview(small_config(voc_root, tmp_path, task_step=step), TrainCall(), asked)
+        preview(config, TrainCall(), asked)
     assert list(tmp_path.iterdir()) == []
