@@ -214,6 +214,10 @@ class StepData:
         step = self.step if step is None else step
         return self.task.select(step, split, self._index(split).present)
 
+    def digest(self, split: str) -> str:
+        """A digest of the images of the list `train` or `val`, by their ids, and of their labels."""
+        return self.indices[split].digest("\n".join(self.lists[split].ids))
+
     def training(self) -> LabelledImages:
         """The training images of this step with the train transform, before replay is added."""
         dataset = self._dataset("train", TrainTransform(_crop(self.config.train)))

@@ -79,6 +79,14 @@ class LabelIndex:
         """bool [images, 1 + highest id]: the image shows the class."""
         return self.pixels > 0
 
+    def digest(self, key: str) -> str:
+        """A digest of the counts, and of what the files are known by."""
+        digest = hashlib.sha256(key.encode())
+        for array in (self.pixels, self.regions):
+            digest.update(f" {array.dtype.str} {array.shape} ".encode())
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()
+
 
 class DataRoot:
     """A data set in its folder; without a description, VOC 2012."""
@@ -188,7 +196,7 @@ class DataRoot:
         try:
             with np.load(io.BytesIO(cached.read_bytes())) as stored:
                 index = LabelIndex(stored["pixels"], stored["regions"])
-                if str(stored["digest"]) == _digest(key, index):
+                if str(stored["digest"]) == index.digest(key):
                     return index
         except Exception:  # no cache, or a damaged one, which raises many kinds: build it anew
             pass
@@ -321,22 +329,13 @@ def _fingerprint(images, highest_id):
     return digest.hexdigest()
 
 
-def _digest(key, index):
-    """A digest of an index and of the fingerprint of the files that it was made from."""
-    digest = hashlib.sha256(key.encode())
-    for array in (index.pixels, index.regions):
-        digest.update(f" {array.dtype.str} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array))
-    return digest.hexdigest()
-
-
 def _store(path, key, index):
     """Write the cache whole, under a name of its own first: others may build the same at this time."""
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            digest = _digest(key, index)
+            digest = index.digest(key)
             np.savez_compressed(file, digest=digest, pixels=index.pixels, regions=index.regions)
         os.replace(temporary, path)
     except (OSError, ValueError) as error:  # ValueError: a path with a character that none may have

@@ -73,6 +73,7 @@ class Trainer:
         self.device = device()
         self.epoch = 0
         self.validation = Validation(config)
+        self.before = {}  # what the previous model was made from, as far as it says so
         data.check(previous.parent / "memory" if previous else None)
         seed_everything(config.seed, 0)
         torch.backends.cudnn.benchmark = True
@@ -150,6 +151,9 @@ class Trainer:
         self.prepare()
         if rank() == 0:
             write_json(self.folder / "made_from.json", self.made_from)
+        changed = output.other_conditions(self.before, self.made_from)
+        if changed:
+            log.warning(f"the step before was trained under other conditions: {'; '.join(changed)}")
         loader = make_loader(
             self.dataset, self.batches, self.config.data.num_workers, self.config.data.pin_memory
         )

@@ -17,6 +17,7 @@ class LaterStep(Trainer):
         """The teacher is the model of step t-1; the student starts from it, with a new classifier."""
         backbone, before = self.config.arch.args.backbone, self.data.step - 1
         self.teacher, checkpoint = read_model(self.previous, self.data, backbone, before)
+        self.before = checkpoint.get("made_from") or {}
         # whether cls.0 may be DKD's auxiliary classifier, which says nothing of the background
         self.auxiliary = checkpoint.get("format") != "eir-1" or checkpoint.get("ac", 0) > 0
         self.teacher.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ import torch
 
 from configs.options import Config, TrainCall, load_config
 from data_loader.data_loaders import StepData
+from data_loader.data_root import SPLITS
 from data_loader.memory import MANIFEST
 from models.deeplabv3 import DeepLabV3
 from trainer.evaluate import evaluate
@@ -242,8 +243,9 @@ def made_from(trainer: "Trainer") -> dict:
     previous, own_previous: digest of the model before, and whether that is the own run's step t-1;
     memory: digest of the memory's manifest; batch: images of an update, over all processes; bn_batch:
     images that batch normalisation takes its statistics over, None where it is frozen; processes: how
-    many there are, at step 0 alone, where dropout has a generator in each; settings: all options that
-    make an experiment, by their paths.
+    many there are, at step 0 alone, where dropout has a generator in each; train, val: digests of the
+    data set's lists and of the classes in their labels; settings: all options that make an experiment,
+    by their paths.
     """
     config, previous = trainer.config, trainer.previous
     before, memory = config.step_dir(trainer.data.step - 1), trainer.dataset.memory
@@ -254,6 +256,7 @@ def made_from(trainer: "Trainer") -> dict:
         "batch": config.data.train.batch_size * world_size(),
         "bn_batch": bn_images(config, trainer.batches.sizes()),
         "processes": None if trainer.data.step else world_size(),
+        **{split: trainer.data.digest(split) for split in SPLITS},
         "settings": {
             o.path: get(config, o.path)
             for o in options(Config)
@@ -272,7 +275,33 @@ CANNOT_GO_ON = {
     "with the same processes, --bs and --accumulate",
     "processes": "it ran in {old} processes, now in {new}, and the dropout of step 0 depends on that: "
     "resume with {old}",
+    "train": "the training list or its labels have changed since; --overwrite trains this step anew",
 }
+
+# Settings that a step should share with the one before it. Others differ by design (learning rate,
+# memory), or would not fit (classes, backbone).
+SHARED = ("seed", *(f"data_loader.args.{part}." for part in ("dataset", "task", *SPLITS, "test")))
+
+
+def other_conditions(before: dict, now: dict) -> list[str]:
+    """In which conditions a step differs from the one before it, in words.
+
+    before, now: what the two are made from (`made_from`); empty where that is not known.
+    """
+    known, found = before.get("settings", {}), {}
+    for o in options(Config):
+        if o.path.startswith(SHARED) and o.path != "data_loader.args.task.step" and o.path in known:
+            old, new = known[o.path], now["settings"][o.path]
+            name = o.metadata["flags"][0] if o.metadata["flags"] else o.path
+            short = len(f"{old}{new}") < 80
+            if old != new:
+                found[name] = f"{name} {old}, now {new}" if short else f"another {name}"
+    if before.get("batch", now["batch"]) != now["batch"]:
+        found["batch"] = f"updates of {before['batch']} images, now {now['batch']}"
+    for split in SPLITS:
+        if before.get(split, now[split]) != now[split]:
+            found[split] = f"another {split} list, or other labels"
+    return [*found.values()]
 
 
 def restore(trainer: "Trainer", content: dict, path: Path) -> None:

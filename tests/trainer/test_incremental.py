@@ -104,11 +104,28 @@ def one_iteration(trainer):
     return meter.means()
 
 
+def test_other_conditions_of_the_step_before_are_named(own_root, tmp_path, step_0):
+    label = next(own_root.glob("SegmentationClassAug/2008_*.png"))
+    Image.fromarray(np.zeros_like(np.array(Image.open(label)))).save(label)
+    config = settings(own_root, tmp_path, crop_size=32, seed=2, bs=8, lr=0.5)
+    trainer = IncrementalStep(config, StepData(config), None, step_0)
+    trainer.prepare()
+    assert output.other_conditions(trainer.before, trainer.made_from) == [
+        "--seed 1, now 2",
+        "--crop_size 64, now 32",
+        "updates of 4 images, now 8",
+        "another val list, or other labels",
+    ]
+    assert not output.other_conditions({}, trainer.made_from)  # a checkpoint of another program
+
+
 def test_three_steps_one_class_each(voc_root, step_0, tmp_path):
     for step in (1, 2):
         config = settings(voc_root, step_0.parents[3], step)
         run(config)
         folder = config.step_dir()
+        text = (config.step_dir(kind="log") / "log.txt").read_text()
+        assert "other conditions" not in text  # learning by --freeze_bn and a memory is by design
         (record,) = (config.step_dir(kind="log") / "metrics.jsonl").read_text().splitlines()
         record = json.loads(record)
         assert all(np.isfinite(record[name]) for name in ("loss", "bce", "kd"))
