@@ -146,6 +146,8 @@ class StepData:
         folders = collections.Counter(label.parent.name for label in val.labels)
         counts = ", ".join(f"{folder} ({count})" for folder, count in folders.items())
         log.info(f"labels of the validation images: {counts}")
+        if self.set.zero == "background" and not self.indices["train"].pixels[:, 0].any():
+            log.warning("no training label has id 0, the background: are all ids too high by one?")
         self._describe_other_labels()
         self._describe_lacking_classes()
 

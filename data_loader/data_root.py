@@ -125,8 +125,9 @@ class DataRoot:
         description says; of VOC, in SegmentationClassAug, for val in SegmentationClass (as in the
         release's VOCSegmentationIncremental), or else in the other of the two. Where the description
         names no list, all images are taken, in the order of their names.
-        Raises UserError for a list that is missing, empty or no text, for an image that stands in it
-        twice, and for files that are outside the data root or cannot be found.
+        Raises UserError for a list that is missing, empty or no text, for an image or a label that
+        stands in it twice, for the label of another image, and for files that are outside the data
+        root or cannot be found.
         """
         files = _Folder(self.root)
         path, lines = self._lines(split, files)
@@ -139,7 +140,9 @@ class DataRoot:
                 f"{len(missing)} files named by {path} are missing: {named}{more} (for VOC, "
                 "scripts/prepare_voc.py --check says what to mend)"
             )
-        _refuse_repeated(images, path)
+        _refuse_repeated(images, "images", path)
+        _refuse_repeated(labels, "labels", path)
+        _refuse_exchanged(images, labels, path)
         images, labels = ([self.root / f for f in column] for column in (images, labels))
         return ImageList(split, [f.stem for f in images], images, labels, self.set.zero)
 
@@ -170,7 +173,8 @@ class DataRoot:
 
     def _inside(self, name, path):
         """A file that a list names, relative to the root and always written in the same way."""
-        file = posixpath.normpath(name.replace("\\", "/").lstrip("/"))
+        name = name.replace("\\", "/").removeprefix(f"{self.root.absolute().as_posix()}/")
+        file = posixpath.normpath(name.lstrip("/"))
         if file.split("/")[0] == "..":
             raise UserError(
                 f"{path} names {name}, which is outside the data root {self.root}: name files in it"
@@ -241,14 +245,27 @@ def read_lines(path: Path, what: str) -> list[list[str]]:
     return lines
 
 
-def _refuse_repeated(images, path):
-    names = [posixpath.splitext(image)[0] for image in images]
+def _refuse_repeated(files, what, path):
+    names = [posixpath.splitext(file)[0] for file in files]
     counts = collections.Counter(names)
     repeated = [name for name, count in counts.items() if count > 1]
     if repeated:
         raise UserError(
-            f"{len(repeated)} images stand in the list {path} more than once, "
+            f"{len(repeated)} {what} stand in the list {path} more than once, "
             f"{posixpath.basename(repeated[0])} first: keep one line of each"
+        )
+
+
+def _refuse_exchanged(images, labels, path):
+    """Refuse a list that gives an image the label with another image's name."""
+    pairs = [(Path(image).stem, Path(label).stem) for image, label in zip(images, labels, strict=True)]
+    known = {name for name, _ in pairs}
+    wrong = [(name, other) for name, other in pairs if name != other and other in known]
+    if wrong:
+        name, other = wrong[0]
+        raise UserError(
+            f"the list {path} gives {len(wrong)} images the label of another one, {name} that of "
+            f"{other} first: pair each image with its own"
         )
 
 
@@ -406,8 +423,8 @@ def scan_label(label: np.ndarray, path: Path, highest_id: int) -> np.ndarray:
 
 
 def orientation(image: Image.Image) -> int:
-    """How an opened photograph is to be turned when it is shown: EXIF's 1 (as stored) to 8."""
-    stored = "exif" in image.info  # asking a PNG without it would decode the picture
+    """How an opened picture is to be turned when it is shown: EXIF's 1 (as stored) to 8."""
+    stored = "exif" in image.info or image.format == "TIFF"  # else, asking a PNG would decode it
     turned = image.getexif().get(ExifTags.Base.Orientation, 1) if stored else 1
     return turned if turned in range(1, 9) else 1
 
@@ -439,8 +456,11 @@ def check_photograph(image: Image.Image, path: Path) -> None:
 def check_label(image: Image.Image, path: Path) -> None:
     """Refuse an opened label in a format whose values, as read_label reads them, may be no ids."""
     depth = image.tile[0][3] if image.format == "PNG" and image.tile else None
-    if image.format in LOSSY:
+    lossy = image.format in LOSSY or image.info.get("compression") in ("jpeg", "tiff_jpeg", "webp")
+    if lossy:
         wrong = f"is a {image.format} file, which does not keep class ids as they are: save it as PNG"
+    elif (turned := orientation(image)) > 1:
+        wrong = f"is shown turned or mirrored (EXIF orientation {turned}): save it as PNG without EXIF"
     elif depth in ("1", "L;2", "L;4"):
         wrong = "has less than 8 bits of grey, which are shades and no class ids: save it with 8 bits"
     elif getattr(image, "n_frames", 1) > 1:

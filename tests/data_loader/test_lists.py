@@ -116,6 +116,12 @@ class TestWhatAListNames:
         list_file(own_root, "val").write_text(line)
         assert f"missing: {own_root}{tmp_path}/x.jpg" in refusal(own_root)
 
+    def test_absolute_names_inside_the_data_root_are_taken(self, own_root):
+        path = list_file(own_root, "val")
+        before = DataRoot(own_root).read_list("val")
+        path.write_text(path.read_text().replace("/JPEG", f"{own_root}/JPEG"))
+        assert DataRoot(own_root).read_list("val") == before
+
     def test_a_repeated_image_is_refused_however_it_is_written(self, own_root):
         path = list_file(own_root, "val")
         ids = DataRoot(own_root).read_list("val").ids
@@ -123,6 +129,24 @@ class TestWhatAListNames:
         path.write_text(path.read_text() + again)
         message = refusal(own_root)
         assert message.startswith(f"2 images stand in the list {path} more than once, {ids[2]} first")
+
+    @pytest.mark.parametrize(
+        ("label_of", "words"),
+        [
+            (lambda i: 0, "1 labels stand in the list {} more than once, 2008_000000 first"),
+            (
+                lambda i: i - 1,
+                "the list {} gives 20 images the label of another one, 2008_000000 that of ",
+            ),
+        ],
+        ids=["the same for all", "moved by a line"],
+    )
+    def test_labels_of_other_images_are_refused(self, own_root, label_of, words):
+        path = list_file(own_root, "val")
+        pairs = [line.split() for line in path.read_text().splitlines()]
+        lines = [f"{image} {pairs[label_of(i)][1]}" for i, (image, _) in enumerate(pairs)]
+        path.write_text("\n".join(lines))
+        assert refusal(own_root).startswith(words.format(path))
 
     def test_images_of_one_name_in_two_folders_are_two_images(self, own_root):
         for folder in ("JPEGImages", "SegmentationClassAug"):
@@ -196,6 +220,14 @@ class TestDescription:
             label = np.array(Image.open(path))
             label[np.isin(label, classes)] = 0
             Image.fromarray(label).save(path)
+
+    def test_labels_whose_ids_are_all_too_high_by_one(self, own_root, tmp_path, logged):
+        for path in DataRoot(own_root).read_list("train").labels:
+            label = np.array(Image.open(path))
+            Image.fromarray(np.where(label < 20, label + 1, 255).astype(np.uint8)).save(path)
+        StepData(small_config(own_root, tmp_path, task_name="joint")).describe()
+        line = "no training label has id 0, the background: are all ids too high by one?"
+        assert ("warning", line) in logged
 
     def test_classes_of_the_step_without_a_training_image(self, own_root, tmp_path, logged):
         self.erase(own_root, "train_aug", 7, 8, 12)
