@@ -135,7 +135,6 @@ def _no_norm(kind):
 # Whether a configuration makes use of an option, and when it does, in words. A flag that is given where
 # it is not used is a warning, since the same flags are often given for every step of a task.
 AT_STEP_0 = (lambda c: c.task.step == 0, "at step 0")
-AT_LATER_STEPS = (lambda c: c.task.step > 0, "at steps >= 1")
 WITH_MEMORY = (lambda c: c.task.step > 0 and c.data.memory.replay != "none", "where the step replays")
 WITH_PASTES = (
     lambda c: WITH_MEMORY[0](c) and c.data.memory.replay == "eir" and c.data.memory.mem_size > 0,
@@ -163,9 +162,18 @@ WITH_FUSION = (
     lambda c: WITH_PASTES[0](c) and c.hyperparameter.paste.fusion,
     "with --replay eir and --fusion on",
 )
-WITH_COMBINATION = (
-    lambda c: WITH_PASTES[0](c) and c.hyperparameter.paste.class_combination,
-    "with --replay eir and --class_combination on",
+WITH_FILL_INS = (
+    lambda c: (
+        WITH_PASTES[0](c)
+        and c.hyperparameter.paste.class_combination
+        and (c.hyperparameter.paste.position or c.hyperparameter.paste.fill_in == "none")
+    ),
+    "with --replay eir and --class_combination on; best and next with --position on",
+)
+WITH_BCE = (lambda c: c.hyperparameter.mbce > 0, "with --mbce above 0")
+WITH_BUDGET = (
+    lambda c: c.task.step > 0 and (c.data.memory.mem_size > 0 or c.data.memory.replay == "none"),
+    "at steps >= 1 with --mem_size above 0",
 )
 
 
@@ -343,7 +351,7 @@ class MemoryArgs:
         "or instances shown and pasted (EIR)",
         "--replay",
         choices=("none", "image", "instance", "eir"),
-        used=AT_LATER_STEPS,
+        used=WITH_BUDGET,
     )
 
 
@@ -444,7 +452,7 @@ class PasteArgs:
         "cells of the random fill-in classes: all in the best, or the next ones; none: no fill-ins",
         "--fill_in",
         choices=("best", "next", "none"),
-        used=WITH_COMBINATION,
+        used=WITH_FILL_INS,
     )
     max_upscale: float | None = option(
         None,
@@ -473,7 +481,11 @@ class PasteArgs:
 @dataclass
 class Hyperparameter:
     pos_weight: float = option(
-        1.0, "weight of the positive BCE term, foreground channels", "--pos_weight", low=0
+        1.0,
+        "weight of the positive BCE term, foreground channels",
+        "--pos_weight",
+        low=0,
+        used=WITH_BCE,
     )
     mbce: float = option(1.0, "weight of the BCE loss", "--mbce", low=0)
     kd: float = option(
@@ -734,7 +746,8 @@ def read_train(arguments: list[str], default: Path = DEFAULT_CONFIG) -> tuple[Co
         arguments, config, call, "train_voc.py", "Train one step of a continual task, then test it."
     )
     if call.test:
-        own_folder = {"name", "trainer.save_dir"}
+        named = call.resume not in (None, "auto")  # else the checkpoint is looked for in its own folder
+        own_folder = set() if named else {"name", "trainer.save_dir"}
         call.unused += _only_in_training(config, parsed, EVALUATED | own_folder)
         call.unused += [f"--{name} (not with --test)" for name in vars(parsed) if name in TRAINS]
     elif call.prev_checkpoint and config.task.step == 0:
