@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet50, resnet101
 
-from utils.checkpoint import read_file
+from utils.checkpoint import read_checkpoint
 from utils.errors import UserError
 
 RESNETS = {
@@ -107,7 +107,8 @@ def imagenet_weights(backbone: str, file: str | Path | None = None) -> dict[str,
     """ImageNet weights of a backbone, without its classifier: from a file, or from the server of its
     library.
 
-    A file holds the state_dict of the whole network, as torchvision or timm names it.
+    A file holds the state_dict of the whole network, as torchvision or timm names it, alone or in a
+    checkpoint.
     Raises UserError where there are none, the download fails, or the file does not fit.
     """
     if backbone == "tiny":
@@ -115,7 +116,7 @@ def imagenet_weights(backbone: str, file: str | Path | None = None) -> dict[str,
             f"there are no ImageNet weights for the backbone {backbone}: --backbone_weights none"
         )
     whole, classifier = _whole_network(backbone)
-    state = read_file(file, "backbone weights") if file else _download(backbone)
+    state = read_checkpoint(file, "backbone weights")["state_dict"] if file else _download(backbone)
     state = {key: value for key, value in state.items() if key not in classifier}
     shapes = {key: shape for key, shape in whole.items() if key not in classifier}
     found = {key: getattr(value, "shape", ()) for key, value in state.items()}

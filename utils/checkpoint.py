@@ -172,6 +172,8 @@ def read_file(path: str | Path, what: str = "checkpoint") -> dict:
     except UserError:
         raise
     except Exception as error:  # torch.load raises many kinds on a file that is not its own
+        if kind := _other_kind(path):
+            raise UserError(f"{path} is {kind}") from None
         foreign = _foreign_objects(path, str(error))
         if foreign:
             raise UserError(
@@ -184,6 +186,23 @@ def read_file(path: str | Path, what: str = "checkpoint") -> dict:
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no {what}: a dictionary is needed")
     return content
+
+
+def _other_kind(path):
+    """What a file is that lies where a checkpoint should, and the way to one; None where it is none of
+    the kinds that people often have there.
+    """
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            return "a pointer of Git LFS and not the file itself: fetch that with git lfs pull"
+        if start.lstrip()[:1] == b"<":
+            return "a web page and not the file itself: download that again, and look at what comes"
+        if start[8:9] == b"{":
+            return (
+                "a safetensors file: save its weights for torch, with torch.save("
+                '{"state_dict": safetensors.torch.load_file(FILE)}, NEW_FILE)'
+            )
 
 
 def _foreign_objects(path, error):
@@ -202,13 +221,13 @@ def _foreign_objects(path, error):
     return ", ".join(sorted(names))
 
 
-def read_checkpoint(path: str | Path) -> dict:
+def read_checkpoint(path: str | Path, what: str = "checkpoint") -> dict:
     """A checkpoint with its `state_dict`, freed of what wrappers of modules add to its keys.
 
     A file that is a bare state_dict is taken as a checkpoint with nothing else in it. Raises UserError
     where there is none, or two weights have the same key without the wrappers.
     """
-    content = read_file(path)
+    content = read_file(path, what)
     if content and _is_state_dict(content):
         content = {"state_dict": content}
     if not _is_state_dict(content.get("state_dict")):

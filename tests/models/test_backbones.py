@@ -53,11 +53,14 @@ class TestImagenetWeights:
         with pytest.raises(UserError, match="holds no weights of resnet101: layer"):
             imagenet_weights("resnet101", file)
 
-    @pytest.mark.parametrize("wrapped", [True, False])
-    def test_a_training_checkpoint_is_refused(self, file, tmp_path, wrapped):
+    def test_a_training_checkpoint_of_several_gpus_is_taken(self, file, tmp_path):
         state = torch.load(file)
-        torch.save({"state_dict": state} if wrapped else {**state, "epoch": 3}, tmp_path / "c.pth")
-        with pytest.raises(UserError, match="holds no weights of resnet50"):
+        named = {f"module._orig_mod.{key}": value for key, value in state.items()}
+        torch.save({"state_dict": named, "epoch": 3}, tmp_path / "c.pth")
+        weights = imagenet_weights("resnet50", tmp_path / "c.pth")
+        assert weights.keys() == state.keys() - {"fc.weight", "fc.bias"}
+        torch.save({**state, "epoch": 3}, tmp_path / "c.pth")
+        with pytest.raises(UserError, match="has no state_dict"):
             imagenet_weights("resnet50", tmp_path / "c.pth")
 
     def test_missing_and_torn_files_are_refused(self, file, tmp_path):

@@ -1,8 +1,10 @@
 """Checkpoints: atomic writes, safe reads, strict loading."""
 
 import argparse
+import importlib.util
 import os
 import pickle
+import sys
 from pathlib import PurePosixPath
 
 import numpy as np
@@ -10,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers import PROJECT
 from utils import checkpoint
 from utils.checkpoint import (
     content_digest,
@@ -105,6 +108,22 @@ def test_a_program_and_weights_of_another_name_are_said(tmp_path):
     torch.save({"state_dict": {}, "x": b"x"}, tmp_path / "c.pth", pickle_protocol=4)
     with pytest.raises(UserError, match="another pickle protocol"):
         read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize(
+    ("start", "words"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html>\n<title>404</title>", "a web page and not the file itself"),
+        (b"\x02\0\0\0\0\0\0\0{}", "a safetensors file: save its weights for torch"),
+    ],
+    ids=["git lfs", "web page", "safetensors"],
+)
+def test_what_lies_in_place_of_a_checkpoint_is_said(tmp_path, start, words):
+    path = tmp_path / "a.pth"
+    path.write_bytes(start)
+    with pytest.raises(UserError, match=f"{path} is {words}"):
+        read_checkpoint(path)
 
 
 class Calls:
@@ -270,6 +289,19 @@ def test_a_lock_is_held_until_its_block_ends(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write"), locked(tmp_path / "file", "busy"):
         pass
+
+
+def test_modules_that_windows_lacks_are_not_needed(tmp_path, monkeypatch):
+    for name in ("fcntl", "resource"):
+        monkeypatch.setitem(sys.modules, name, None)
+    copies = []
+    for name in ("checkpoint", "distributed"):
+        spec = importlib.util.spec_from_file_location("copy", PROJECT / "utils" / f"{name}.py")
+        copies.append(importlib.util.module_from_spec(spec))
+        spec.loader.exec_module(copies[-1])
+    with copies[0].locked(tmp_path, "busy") as held:
+        assert held is None
+    assert copies[1].resource is None and copies[1].peak_memory() >= 0
 
 
 def test_without_locks_nothing_is_locked(tmp_path, monkeypatch):
