@@ -47,11 +47,11 @@ EVALUATE = (
 )
 
 
-def bash(script, **environment):
+def bash(script, folder=PROJECT, **environment):
     folders = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.Popen(
         ["bash", *script],
-        cwd=PROJECT,
+        cwd=folder,
         env={**os.environ, "PATH": folders, "OMP_WAIT_POLICY": "PASSIVE", **environment},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -153,15 +153,18 @@ def test_a_killed_sequence_ends_with_the_weights_of_an_undisturbed_one(tmp_path)
 
 
 @pytest.mark.parametrize(("outside", "gpus"), [({}, "3,1"), ({"CUDA_VISIBLE_DEVICES": "5"}, "5")])
-def test_the_sequence_script_evaluates_on_the_gpus_it_trains_on(tmp_path, monkeypatch, outside, gpus):
+def test_the_sequence_script_stays_on_its_gpus_and_in_the_folder_of_its_caller(
+    tmp_path, monkeypatch, outside, gpus
+):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     launcher = tmp_path / "launcher"
-    launcher.write_text(f'#!/bin/sh\necho "$1 ${{CUDA_VISIBLE_DEVICES-all}}" >>{tmp_path}/calls\n')
+    launcher.write_text(f'#!/bin/sh\necho "$1 ${{CUDA_VISIBLE_DEVICES-all}} $PWD" >>{tmp_path}/calls\n')
     launcher.chmod(0o755)
-    script = ["scripts/train_voc.sh", "10-5", "overlap", "-d", "3,1", "--save_dir", str(tmp_path)]
-    bash(script, LAUNCHER=str(launcher), **outside).communicate(timeout=600)
-    calls = (tmp_path / "calls").read_text().splitlines()
-    assert calls == 3 * [f"{PROJECT}/train_voc.py {gpus}"] + [f"{PROJECT}/eval_voc.py {gpus}"]
+    script = [f"{PROJECT}/scripts/train_voc.sh", "10-5", "overlap", "-d", "3,1", "--save_dir", "mine"]
+    bash(script, tmp_path, LAUNCHER=str(launcher), **outside).communicate(timeout=600)
+    calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
+    assert [Path(program).name for program, *_ in calls] == 3 * ["train_voc.py"] + ["eval_voc.py"]
+    assert all(where == [gpus, str(tmp_path)] for _, *where in calls)
 
 
 def test_the_sequence_script_needs_task_and_setting():
