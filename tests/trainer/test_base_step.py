@@ -258,6 +258,7 @@ class TestCheckpoints:
             "it ran in 2 processes, now in 1": lambda c: c["made_from"].update(processes=2),
             "the model of the step before has changed": lambda c: c["made_from"].update(previous="x"),
             "its memory has changed": lambda c: c["made_from"].update(memory="x"),
+            "the training list or its labels": lambda c: c["made_from"].update(train="x"),
         }
         for words, change in cases.items():
             assert words in refusal(change), words
