@@ -1,5 +1,7 @@
 """Evaluation: one confusion matrix, each image counted once, in float32."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 from torch import nn
@@ -13,13 +15,29 @@ from utils.metrics import ConfusionMatrix, compute_metrics
 
 
 @torch.inference_mode()
+def predictions(model: nn.Module, images: torch.Tensor, score: float = 0.5) -> Iterator[torch.Tensor]:
+    """The channels int64 [1, H, W] predicted in each image of a batch uint8 [N, 3, H, W], in turn.
+
+    The model is in evaluation mode, and on the device of the images. Arithmetic is float32 without
+    TF32. Logits of full size are made of one image at a time, for the memory of many classes.
+    """
+    images = normalize(images)
+    with torch.backends.cudnn.flags(
+        enabled=True, deterministic=True, benchmark=False, allow_tf32=False
+    ):
+        logits = model(images, upsample=False)
+    for i in range(len(images)):
+        yield predict(upsample_logits(logits[i : i + 1], images.shape[-2:]), score)
+
+
+@torch.inference_mode()
 def confusion_matrix(
     model: nn.Module, data: StepData, split: str, device: torch.device, score: float = 0.5
 ) -> np.ndarray:
     """Confusion matrix int64 [C, C] of a split over all processes, predicted above a score.
 
-    Batches are fixed by the images' index in the split and arithmetic is float32 without TF32, so
-    that the numbers do not depend on how the evaluation was started.
+    Batches are fixed by the images' index in the split, so that the numbers do not depend on how the
+    evaluation was started.
     """
     dataset, batch_size = data.evaluation(split)
     batches = EvalBatches(len(dataset), batch_size, rank(), world_size())
@@ -27,16 +45,11 @@ def confusion_matrix(
     matrix = ConfusionMatrix(1 + sum(model.classes), device)
     was_training = model.training
     model.eval()
-    with torch.backends.cudnn.flags(
-        enabled=True, deterministic=True, benchmark=False, allow_tf32=False
-    ):
-        for batch in progress(loader, f"evaluation ({split})", "batch"):
-            images = normalize(batch["image"].to(device, non_blocking=True))
-            label = batch["label"].to(device, non_blocking=True)
-            logits = model(images, upsample=False)
-            for i in range(len(label)):  # one at a time, for the memory of many classes
-                full = upsample_logits(logits[i : i + 1], images.shape[-2:])
-                matrix.update(label[i : i + 1], predict(full, score))
+    for batch in progress(loader, f"evaluation ({split})", "batch"):
+        images = batch["image"].to(device, non_blocking=True)
+        labels = batch["label"].to(device, non_blocking=True)
+        for label, found in zip(labels, predictions(model, images, score), strict=True):
+            matrix.update(label[None], found)
     model.train(was_training)
     return all_sum(matrix.counts).cpu().numpy()
 

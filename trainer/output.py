@@ -20,6 +20,7 @@ from configs.options import Config, TrainCall, load_config
 from data_loader.data_loaders import StepData
 from data_loader.data_root import SPLITS
 from data_loader.memory import MANIFEST
+from data_loader.tasks import Task
 from models.deeplabv3 import DeepLabV3
 from trainer.evaluate import evaluate
 from trainer.setup import bn_images
@@ -177,14 +178,17 @@ def read_model(path: Path, data: StepData, backbone: str, step: int) -> tuple[De
     other classes or the same in another order.
     """
     content = read_checkpoint(path)
+    return make_model(content, path, data.task, backbone, step), content
+
+
+def make_model(content: dict, path: Path, task: Task, backbone: str, step: int) -> DeepLabV3:
+    """The model of a step of a task, from the content of the checkpoint at path; errors as above."""
     order = content.get("order")
-    if order is not None and order != list(data.task.order[: len(order)]):
-        raise UserError(
-            f"{path} learned other classes than {data.task.name} has there, or in another order"
-        )
-    model = DeepLabV3(data.classes[: step + 1], backbone)
+    if order is not None and order != list(task.order[: len(order)]):
+        raise UserError(f"{path} learned other classes than {task.name} has there, or in another order")
+    model = DeepLabV3([len(classes) for classes in task.steps[: step + 1]], backbone)
     load_weights(model, content["state_dict"], path)
-    return model, content
+    return model
 
 
 def begin(config: Config, resumed: bool, overwrite: bool) -> None:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 VOID = 255  # the label of pixels that count in no loss and in no metric
 
@@ -27,6 +27,69 @@ def label_image(label: np.ndarray) -> Image.Image:
     image = Image.fromarray(label)
     image.putpalette(voc_palette().ravel().tolist())
     return image
+
+
+def overlay(photograph: np.ndarray, label: np.ndarray) -> Image.Image:
+    """A photograph uint8 [H, W, 3] with the classes of its label map uint8 [H, W] tinted and outlined.
+
+    Background, which is label 0, is shown as it is.
+    """
+    colours = voc_palette()[label].astype(int)
+    tinted = np.where(label[..., None] > 0, (photograph + colours) // 2, photograph).astype(np.uint8)
+    edges = np.zeros(label.shape, dtype=bool)
+    edges[1:] |= label[1:] != label[:-1]
+    edges[:, 1:] |= label[:, 1:] != label[:, :-1]
+    tinted[edges] = 255
+    return Image.fromarray(tinted)
+
+
+def with_legend(picture: Image.Image, names: dict[int, str], size: int = 14) -> Image.Image:
+    """A picture with a legend below it: the colour of each label and its name, in letters of that size.
+
+    The legend breaks into lines at the width of the picture, which becomes wider for a name that does
+    not fit.
+    """
+    font, colours = _font(size), voc_palette().tolist()
+    lengths = {label: int(2 * size + font.getlength(name)) for label, name in names.items()}
+    width = max(picture.width, size + max(lengths.values(), default=0))
+    places, x, y = {}, size // 2, picture.height + size // 2
+    for label, length in lengths.items():
+        if x > size // 2 and x + length > width:
+            x, y = size // 2, y + 3 * size // 2
+        places[label] = (x, y)
+        x += length
+    result = Image.new("RGB", (width, y + 3 * size // 2 if names else picture.height), "white")
+    result.paste(picture)
+    draw = ImageDraw.Draw(result)
+    for label, (x, y) in places.items():
+        box = (x, y, x + size, y + size)
+        draw.rectangle(box, fill=tuple(colours[label]), outline="black")
+        draw.text((x + 5 * size // 4, y + size // 2), names[label], "black", font, anchor="lm")
+    return result
+
+
+def side_by_side(
+    pictures: list[tuple[str, Image.Image]], width: int = 320, columns: int = 6
+) -> Image.Image:
+    """Pictures of one size in rows, each brought to that width, with its caption above it."""
+    size, gap = 16, 8
+    height = max(1, round(width * pictures[0][1].height / pictures[0][1].width))
+    columns, rows = min(columns, len(pictures)), -(-len(pictures) // columns)
+    step_x, step_y = width + gap, height + 2 * size + gap
+    result = Image.new("RGB", (columns * step_x + gap, rows * step_y + gap), "white")
+    draw = ImageDraw.Draw(result)
+    for i, (caption, picture) in enumerate(pictures):
+        x, y = gap + i % columns * step_x, gap + i // columns * step_y
+        draw.text((x, y + size), caption, "black", _font(size), anchor="lm")
+        result.paste(picture.resize((width, height)).convert("RGB"), (x, y + 2 * size))
+    return result
+
+
+def _font(size):
+    """The font that comes with matplotlib, which has more alphabets than Pillow's."""
+    import matplotlib
+
+    return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
 def sheet(path: Path, rows: list[list[np.ndarray]], titles: list[str]) -> None:
