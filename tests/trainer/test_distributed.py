@@ -72,11 +72,13 @@ def test_two_processes_have_the_gradients_losses_and_evaluation_of_one(
         assert all(first.values()) and all(second.values()) and all(one["losses"].values())
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-10)
     assert two["gradients"].keys() == one["gradients"].keys()
+    largest = max(g.abs().max() for g in one["gradients"].values())
+    assert largest > 1e-3
     for name, gradient in one["gradients"].items():
         assert gradient.dtype == torch.float64
         difference = (gradient - two["gradients"][name]).abs().max()
-        assert difference <= 1e-10 * gradient.abs().max(), name
-    assert max(g.abs().max() for g in one["gradients"].values()) > 1e-3
+        # DKD's student begins as its teacher: what pulls it there is rounding alone at first
+        assert difference <= 1e-10 * max(gradient.abs().max(), 1e-3 * largest), name
     assert torch.equal(one["counts"], two["counts"])
     assert one["metrics"] == two["metrics"]
 
@@ -270,15 +272,8 @@ def test_two_processes_that_resume_end_with_the_weights_of_two_undisturbed_ones(
     (tmp_path / "config.json").write_text(json.dumps({"trainer": {"save_period": 1}}))
 
     def train(name, launcher, *more):
-        flags = train_flags(
-            voc_root,
-            tmp_path,
-            name=name,
-            bs=3,
-            mem_size=9,
-            task_step=1,
-            config=tmp_path / "config.json",
-        )
+        flags = train_flags(voc_root, tmp_path, name=name, task_step=1, mem_size=9, bs=3, lr=1e-4)
+        flags += ["-c", tmp_path / "config.json"]
         flags += ["--freeze_bn", "--prev_checkpoint", teacher, *more]
         result = run_script(*launcher, *flags)
         assert result.returncode == 0, result.stderr
