@@ -4,6 +4,7 @@ A run is one process without a group, or one process per GPU started here, or wh
 started. Without CUDA the group is gloo.
 """
 
+import contextlib
 import gc
 import logging
 import os
@@ -124,7 +125,7 @@ def _run(local_rank, worker, config, url, *arguments):
             torch.cuda.set_device(local_rank)
         worker(config, *arguments)
     except (Exception, KeyboardInterrupt) as error:
-        if re.search("(closed|reset) by peer", str(error)):
+        if isinstance(error, dist.DistNetworkError) or re.search("(closed|reset) by peer", str(error)):
             sys.exit(2)  # another process ended, and has said why
         exit_with(explained(error) or _unexpected(), rank() if dist.is_initialized() else None)
     finally:
@@ -146,7 +147,7 @@ def _unexpected():
 
 
 def _leave(error):
-    """Leave the group of processes.
+    """Leave the group of processes, the first one last: it may hold the store that the others look at.
 
     After an error under NCCL the process ends at once: leaving would wait for collectives that the
     other processes, which know nothing of the error, never finish.
@@ -160,7 +161,14 @@ def _leave(error):
     # gloo's threads live as long as anything refers to the group, such as a DDP model in a reference
     # cycle. A thread that is still there when Python ends aborts the process, so the cycles go first.
     gc.collect()
+    first, processes = rank() == 0, world_size()
     dist.destroy_process_group()
+    if error is None:
+        with contextlib.suppress(dist.DistNetworkError):  # where the first one was killed meanwhile
+            _store.add("left", 1)
+            patience = time.monotonic() + 30  # for a process that was killed on its last steps
+            while first and _store.add("left", 0) < processes and time.monotonic() < patience:
+                time.sleep(0.01)
 
 
 _store = None  # through which the processes found each other; None for a single one

@@ -187,6 +187,29 @@ def test_processes_wait_for_the_first_one_without_a_limit_of_the_backend():
     assert all(later > first for first, later in zip(times[0], times[1], strict=True))
 
 
+LATE = """
+import time
+from configs.options import Config
+from utils import distributed
+
+def work(config):
+    distributed.barrier()
+    if distributed.rank() == 1:
+        time.sleep(2)
+        assert distributed._store.check(["barrier 1 complete"])
+
+distributed.launch(work, Config())
+"""
+
+
+def test_the_first_process_holds_the_store_until_nobody_looks_at_it():
+    """It holds the store itself where torchrun does not (as with processes started here)."""
+    command = (*TWO, free_port(), "--no_python", sys.executable, "-c", LATE)
+    result = run_script(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
+    assert result.returncode == 0, result.stderr
+    assert "Traceback" not in result.stderr and "error: " not in result.stderr
+
+
 def test_a_process_that_waits_at_a_barrier_ends_when_another_one_fails():
     """Its launcher's SIGTERM ends it at once; torchrun would kill it after 30 seconds."""
     failing = PATIENT.replace("time.sleep(", "rank() or print(time.time(), flush=True) or 1 / 0, (")
