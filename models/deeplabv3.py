@@ -8,12 +8,30 @@ from torchvision.models.segmentation.deeplabv3 import ASPP
 from models.backbones import imagenet_weights, make_backbone
 
 
+class SampleDropout(nn.Dropout):
+    """Dropout whose mask follows, for each image of a batch, from a seed of its own.
+
+    So it depends neither on the other images of the batch nor on how many processes share it. `seeds`
+    has one for each image (see `seed_dropout`); with None it is nn.Dropout.
+    """
+
+    seeds: list[int] | None = None
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        if not self.training or self.seeds is None:
+            return super().forward(features)
+        mask, generator = torch.empty_like(features), torch.Generator(features.device)
+        for row, seed in zip(mask, self.seeds, strict=True):
+            row.bernoulli_(1 - self.p, generator=generator.manual_seed(seed))
+        return features * mask.div_(1 - self.p)
+
+
 class Head(ASPP):
     """torchvision's ASPP (rates 6, 12, 18; dropout 0.1), then a 3x3 conv-BN-ReLU."""
 
     def __init__(self, channels: int):
         super().__init__(channels, atrous_rates=(6, 12, 18), out_channels=256)
-        self.project[3].p = 0.1
+        self.project[3] = SampleDropout(0.1)
         self.last_conv = nn.Sequential(
             nn.Conv2d(256, 256, 3, padding=1, bias=False), nn.BatchNorm2d(256), nn.ReLU()
         )
@@ -82,6 +100,13 @@ def freeze_bn(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.eval().requires_grad_(False)
+
+
+def seed_dropout(model: nn.Module, seeds: list[int]) -> None:
+    """Let the masks of the next forward pass in training follow from these seeds, one an image."""
+    for module in model.modules():
+        if isinstance(module, SampleDropout):
+            module.seeds = seeds
 
 
 def stop_dropout(model: nn.Module) -> None:

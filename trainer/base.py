@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from numpy.random import SeedSequence
 
 from configs.options import Config
 from data_loader.data_loaders import StepData, TrainBatches, make_loader
 from data_loader.dataset import TrainDataset, normalize
-from models.deeplabv3 import DeepLabV3, freeze_bn, stop_dropout
+from models.deeplabv3 import DeepLabV3, freeze_bn, seed_dropout, stop_dropout
 from trainer import output
 from trainer.evaluate import evaluate
 from trainer.meter import Meter
@@ -218,6 +219,8 @@ class Trainer:
         for batch in batches:
             # several processes exchange their gradients once, with those of the last micro-batch
             waits = self.net is not self.model and batch is not batches[-1]
+            keys = ((self.config.seed, batch.epoch, i, 3) for i in batch.indices)  # 3: no other draw's
+            seed_dropout(self.model, [int(SeedSequence(key).generate_state(1)[0]) for key in keys])
             with self.net.no_sync() if waits else contextlib.nullcontext():
                 loss, sums = self.training_loss(batch)
                 # the loss is this process's share of a sum, but DDP takes the mean over processes

@@ -246,10 +246,9 @@ def made_from(trainer: "Trainer") -> dict:
 
     previous, own_previous: digest of the model before, and whether that is the own run's step t-1;
     memory: digest of the memory's manifest; batch: images of an update, over all processes; bn_batch:
-    images that batch normalisation takes its statistics over, None where it is frozen; processes: how
-    many there are, at step 0 alone, where dropout has a generator in each; train, val: digests of the
-    data set's lists and of the classes in their labels; settings: all options that make an experiment,
-    by their paths.
+    images that batch normalisation takes its statistics over, None where it is frozen; processes, bs,
+    accumulate: how the batch was shared; train, val: digests of the data set's lists and of the classes
+    in their labels; settings: all options that make an experiment, by their paths.
     """
     config, previous = trainer.config, trainer.previous
     before, memory = config.step_dir(trainer.data.step - 1), trainer.dataset.memory
@@ -259,7 +258,9 @@ def made_from(trainer: "Trainer") -> dict:
         "memory": memory.digest if memory else None,
         "batch": config.data.train.batch_size * world_size(),
         "bn_batch": bn_images(config, trainer.batches.sizes()),
-        "processes": None if trainer.data.step else world_size(),
+        "processes": world_size(),
+        "bs": config.data.train.batch_size,
+        "accumulate": config.trainer.accumulate,
         **{split: trainer.data.digest(split) for split in SPLITS},
         "settings": {
             o.path: get(config, o.path)
@@ -273,12 +274,10 @@ def made_from(trainer: "Trainer") -> dict:
 CANNOT_GO_ON = {
     "previous": "the model of the step before has changed since; --overwrite trains this step anew",
     "memory": "its memory has changed since then; --overwrite trains this step anew",
-    "batch": "an update took {old} images over all processes, now {new}: choose --bs and processes so "
-    "that they make {old}",
     "bn_batch": "batch normalisation took its statistics over {old} images, now over {new}: resume "
-    "with the same processes, --bs and --accumulate",
-    "processes": "it ran in {old} processes, now in {new}, and the dropout of step 0 depends on that: "
-    "resume with {old}",
+    "with {processes} process(es), --bs {bs} and --accumulate {accumulate}",
+    "batch": "an update took {old} images over all processes, now {new}: resume with {processes} "
+    "process(es) and --bs {bs}, or, where batch normalisation is frozen, with others that make {old}",
     "train": "the training list or its labels have changed since; --overwrite trains this step anew",
 }
 
@@ -320,7 +319,7 @@ def restore(trainer: "Trainer", content: dict, path: Path) -> None:
             )
         for key, reason in CANNOT_GO_ON.items():
             if key in old and old[key] != new[key]:
-                reason = reason.format(old=old[key], new=new[key])
+                reason = reason.format(**{**old, "old": old[key], "new": new[key]})
                 raise UserError(f"{path} cannot be resumed from: {reason}")
         iterations = content["lr_scheduler"]["total_iters"]
         if iterations != trainer.scheduler.total_iters:

@@ -8,7 +8,7 @@ from torch.nn.functional import interpolate
 from torchvision.models import resnet50
 
 from models import DeepLabV3
-from models.deeplabv3 import freeze_bn, predict, stop_dropout
+from models.deeplabv3 import SampleDropout, freeze_bn, predict, seed_dropout, stop_dropout
 from utils.errors import UserError
 
 KEYS_SHA256 = "7a20d9bb0a1b1cdf202bcff93a9ae2e533fa8bc447b21d8c422c5759078f5e74"
@@ -110,6 +110,20 @@ def test_prediction_is_the_best_foreground_class_above_the_score(score):
         assert found[n, y, x] == (foreground.index(best) + 1 if best > score else 0)
     if score == 0.5:
         assert found[0, 0, :3].tolist() == [0, 2, 0] and torch.equal(found, predict(logits))
+
+
+def test_the_dropout_of_an_image_follows_from_its_seed_alone():
+    model = torch.nn.Sequential(SampleDropout(0.1))
+    images = torch.rand(3, 8, 20, 20).add(1).to(memory_format=torch.channels_last)
+    seed_dropout(model, [5, 6, 5])
+    whole = model(images)
+    assert torch.equal(whole, model(images))
+    kept = whole != 0
+    assert torch.allclose(whole[kept], images[kept] / 0.9) and 0.88 < kept.float().mean() < 0.92
+    assert torch.equal(kept[0], kept[2]) and not torch.equal(kept[0], kept[1])
+    seed_dropout(model, [6])
+    assert torch.equal(model(images[1:2]), whole[1:2])
+    assert torch.equal(model.eval()(images), images)
 
 
 def test_freezing_stops_statistics_gradients_and_dropout(tiny):

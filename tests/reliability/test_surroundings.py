@@ -4,6 +4,7 @@ import os
 import resource
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers import error_line, snapshot
+from tests.helpers import PROJECT, error_line, snapshot
 from tests.reliability.runs import RUN, SETTINGS, STEP_1, Run, copy, flags, refused, result, run
+from utils.checkpoint import read_checkpoint
 from utils.distributed import free_port
 
 pytestmark = pytest.mark.slow
@@ -134,14 +136,17 @@ def test_resumed_with_other_processes(root, halfway, step_1, place):
     saved = copy(halfway, place / "refused" / "saved")
     ends = [one.end() for one in _ranks([*flags(root, saved, **STEP_1), *AGAIN], 2)]
     lines = [end.stderr for end in ends if "error: " in end.stderr]
-    assert {end.returncode for end in ends} == {2} and "choose --bs and processes" in lines[0]
+    assert {end.returncode for end in ends} == {2} and "now 8: resume with 1 process(es)" in lines[0]
     assert snapshot(saved / STEP)["last.pth"] == before["last.pth"]
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"bs": 2}, "an update took 4 images over all processes, now 2: choose --bs"),
+        (
+            {"bs": 2},
+            "an update took 4 images over all processes, now 2: resume with 1 process(es) and --bs 4",
+        ),
         ({"epochs": 3}, "trained with other settings (trainer.epochs): resume with the same"),
         ({"epochs": 1}, "trained with other settings (trainer.epochs): resume with the same"),
         ({"lr": 0.002}, "trained with other settings (optimizer.args.lr): resume with the same"),
@@ -175,7 +180,7 @@ def test_another_accumulation_is_refused_where_batch_normalisation_trains(root, 
     begun.process.kill()
     begun.end()
     line = error_line(run([*flags(root, saved, epochs=300, accumulate=2), *AGAIN]))
-    assert "statistics over 4 images, now over 2" in line
+    assert "statistics over 4 images, now over 2: resume with 1 process(es), --bs 4 and --acc" in line
 
 
 def test_one_of_two_processes_is_killed(root, step_0, place):
@@ -196,3 +201,46 @@ def test_one_of_two_processes_is_killed(root, step_0, place):
     assert outcome.returncode == 0, outcome.stderr
     assert "resumed after epoch" in outcome.stdout and 0 < epoch <= 60
     assert SETTINGS["trainer"]["save_period"] == 1
+
+
+def _torchrun(arguments):
+    """train_voc.py in two processes, as a user starts them."""
+    command = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
+    return subprocess.Popen(
+        [sys.executable, *map(str, command), "train_voc.py", *arguments],
+        cwd=PROJECT,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _process_of(launcher, rank):
+    """The number of the process of that rank, among those that a launcher has started."""
+    children = Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()
+    environments = {child: Path(f"/proc/{child}/environ").read_bytes() for child in children}
+    return next(int(c) for c, e in environments.items() if f"RANK={rank}".encode() in e.split(b"\0"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_process_of_torchrun_is_killed(root, place):
+    """In the middle of the second epoch; resumed, it ends as two processes that nobody disturbed."""
+    folders = [place / name / "saved" for name in ("whole", "killed")]
+    whole, killed = ([*flags(root, f, bs=2, epochs=4), *AGAIN] for f in folders)
+    undisturbed, disturbed = _torchrun(whole), _torchrun(killed)
+    for line in disturbed.stdout:
+        if line.startswith("epoch 1/4"):
+            os.kill(_process_of(disturbed.pid, 1), signal.SIGKILL)
+            break
+    started = time.monotonic()
+    assert disturbed.wait(timeout=120) not in (0, None)
+    print(f"the other process ended {time.monotonic() - started:.0f} s after the one that was killed")
+    disturbed.stdout.close()
+    step = f"models/{RUN}/step_0"
+    assert 1 <= read_checkpoint(folders[1] / step / "last.pth")["epoch"] < 4
+    assert not (folders[1] / step / "metrics.json").exists()
+    for process in (undisturbed, _torchrun(killed)):
+        process.communicate(timeout=600)
+        assert process.returncode == 0
+    assert result(folders[1], 0) == result(folders[0], 0)

@@ -14,7 +14,6 @@ import torch
 from configs.options import Config
 from data_loader import data_loaders
 from data_loader.data_loaders import StepData, make_loader
-from models.deeplabv3 import stop_dropout
 from tests.helpers import small_config
 from trainer.evaluate import confusion_matrix, evaluate
 from trainer.incremental import IncrementalStep
@@ -33,7 +32,6 @@ def work(config: Config, output: str, previous: str | None = None) -> None:
     ) as build_memory:
         trainer.prepare()
     trainer.train_mode()
-    stop_dropout(trainer.model)
     gradients, seen = {}, {"draws": build_memory.call_count, "pseudo labels": 0, "pasted": 0}
 
     def keep(*_):
