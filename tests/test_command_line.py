@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -71,6 +72,28 @@ class TestTrainAndEvaluate:
         assert result.returncode == 0, result.stderr
         accuracy = json.loads(output.read_text())["Pixel_Accuracy_Class"]["by_class"]
         assert accuracy["background"] == 0 and max(accuracy.values()) > 0
+
+    def test_a_file_of_the_familys_layout_is_evaluated(self, trained, voc_root, tmp_path, command):
+        """With what its trainers keep beside the weights if that is data; objects are refused."""
+        path, output = tmp_path / "family.pth", tmp_path / "family.json"
+        state = read_checkpoint(trained / CHECKPOINT)["state_dict"]
+        content = {
+            "arch": "DeepLabV3",
+            "epoch": 1,
+            "state_dict": {f"module.{key}": value for key, value in state.items()},
+            "optimizer": {"state": {}, "param_groups": [{"lr": np.float32(0.01)}]},
+            "monitor_best": np.float64(61.5),
+        }
+        torch.save(content, path)
+        task = ("--task_name", "5-3", "--task_step", 0, "--task_setting", "overlap")
+        flags = ("-r", path, "-c", PROJECT / "configs/config_voc.json", "--data_root", voc_root, *task)
+        small = ("--backbone", "tiny", "--crop_size", 64, "--num_workers", 0)
+        result = command("eval_voc.py", *flags, *small, "--output", output)
+        assert result.returncode == 0, result.stderr
+        assert output.read_text() == (trained / "metrics.json").read_text()
+        torch.save({**content, "config": SimpleNamespace(epochs=60)}, path)
+        line = error_line(command("eval_voc.py", *flags, *small))
+        assert f"{path} holds objects besides data (types.SimpleNamespace)" in line
 
     def test_whole_images_are_evaluated_by_a_flag(self, trained, tmp_path, command):
         """The same numbers as by the configuration file; and no other ones without a word."""
