@@ -690,6 +690,7 @@ class TestNothingWaits:
         assert composite.images.shape == case.images.shape
         assert gradient.shape[:2] == (3, case.total)
 
+    @pytest.mark.cuda
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_the_device_is_never_waited_for(self):
         device = torch.device("cuda")
