@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from configs.options import Config
+from configs.options import Config, MemoryArgs
 from data_loader.data_root import DataRoot, LabelIndex, in_both
 from data_loader.dataset import LabelledImages
-from data_loader.memory import Memory, Source, build_memory, stored_entries
+from data_loader.memory import Memory, Source, draw_memory
 from data_loader.tasks import check_step, get_task
 from data_loader.transforms import EvalTransform, TrainTransform, whole
-from utils.distributed import barrier, first_process_first, loader_processes, rank
+from utils.distributed import barrier, first_process_first, gather, loader_processes, rank
 from utils.errors import UserError
 from utils.logging import log
 from utils.visualize import VOID
@@ -242,35 +242,42 @@ class StepData:
             return self._dataset(split, whole), 1
         return self._dataset(split, EvalTransform(_crop(settings))), settings.batch_size
 
-    def check(self, previous: Path | None) -> None:
-        """Raise UserError where a step can see now that it has nothing to train on, or to draw from.
-
-        previous: folder of the memory of step t-1.
-        """
-        self.training()
-        settings = self.config.memory
-        if previous and previous.is_dir() and settings.replay != "none" and settings.mem_size:
-            stored_entries(previous, self._kind)
-
-    @property
-    def _kind(self):
-        return "image" if self.config.memory.replay == "image" else "instance"
-
     def memory(
         self,
         folder: Path,
         previous: Path | None,
+        anew: bool = False,
         seen: Callable[[], list[set[int]]] | None = None,
     ) -> Memory | None:
-        """The memory of this step, drawn into `folder` unless it is there; None without replay.
+        """The memory of this step, drawn beside `folder` unless it is there; None without replay.
 
-        previous: folder of the memory of step t-1. seen: as in Source, called where there is a draw.
-        The first process draws, the others read.
+        previous: folder of the memory of step t-1. anew: draw it even if it is there. seen: as in
+        Source, called where there is a draw. The first process draws, the others read.
         """
         settings = self.config.memory
         if settings.replay == "none" or settings.mem_size == 0:
             return None
-        before = self.step - 1
+        drawn = None
+        if rank() == 0:
+            drawn = self.draw(self.step, settings, self.seed, folder, previous, anew, seen)
+        barrier()
+        memory = Memory(gather(drawn)[0], self.task.label_table(self.task.seen(self.step - 1)))
+        if not len(memory):
+            log.warning("the memory is empty: this step trains without replay")
+        return memory if len(memory) else None
+
+    def draw(
+        self,
+        step: int,
+        settings: MemoryArgs,
+        seed: int,
+        folder: Path,
+        previous: Path | None,
+        anew: bool,
+        seen: Callable[[], list[set[int]]] | None = None,
+    ) -> Path:
+        """Draw the memory of a step >= 1 with these settings; see draw_memory for what is returned."""
+        before = step - 1
         if previous and not previous.is_dir():
             names = ", ".join(self.task.named(self.task.steps[before]))
             if before:
@@ -281,13 +288,8 @@ class StepData:
         names = dict(self.task.names)
         files, index = self.lists["train"], self._index("train")
         source = Source(files, index, chosen, visible, previous, names, seen)
-        if rank() == 0:
-            build_memory(folder, source, old, self._kind, settings.mem_size, self.seed)
-        barrier()
-        memory = Memory(folder, self.task.label_table(old))
-        if not len(memory):
-            log.warning("the memory is empty: this step trains without replay")
-        return memory if len(memory) else None
+        kind = "image" if settings.replay == "image" else "instance"
+        return draw_memory(folder, source, old, kind, settings.mem_size, seed, anew)
 
     def _index(self, split) -> LabelIndex:
         return self.indices["train" if split == "train" else "val"]

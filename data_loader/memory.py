@@ -5,6 +5,7 @@ classes, black elsewhere, and the label map of that crop, with its place and the
 On disk that is two PNG files an entry, which a person can open, and one manifest.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -163,26 +164,27 @@ class Source:
     seen: Callable[[], list[set[int]]] | None = None
 
 
-def build_memory(
+def draw_memory(
     folder: Path,
     source: Source,
     old_classes: tuple[int, ...],
     kind: str,
     budget: int,
     seed: int,
-) -> None:
-    """Draw and store a memory in `folder`, unless the same one is there already.
+    anew: bool = False,
+) -> Path:
+    """Draw a memory beside `folder`, where `place_memory` can take it from; returns where it is.
 
-    kind: "instance" (crops without background) or "image" (whole images). The folder appears whole
-    or not at all. Raises UserError where it holds another memory, or the previous memory is of
-    another kind or damaged.
+    kind: "instance" (crops without background) or "image" (whole images). Where the folder has the
+    memory already, nothing is drawn, unless it is to be drawn anew. Raises UserError where it holds
+    another memory, or the previous memory is of another kind or damaged.
     """
     settings = {"kind": kind, "budget": budget, "seed": seed, "classes": list(old_classes)}
-    if (folder / MANIFEST).is_file():
+    if (folder / MANIFEST).is_file() and not anew:
         manifest = read_manifest(folder)
         changed = [key for key, value in settings.items() if manifest.get(key) != value]
         if not changed:
-            return
+            return folder
         raise UserError(
             f"{folder} holds a memory drawn with another {', '.join(changed)}: choose another --name, "
             "or --overwrite the step"
@@ -192,31 +194,48 @@ def build_memory(
     lists = balanced_draw(shown, old_classes, budget, np.random.default_rng((seed, len(old_classes))))
     _report({source.names[c]: len(picks) for c, picks in lists.items()}, budget)
 
-    temporary = folder.with_name(f"{folder.name}.unfinished")
+    drawn = beside(folder)
     stored = []
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        shutil.rmtree(drawn, ignore_errors=True)
+        drawn.mkdir(parents=True)
         for c, picks in lists.items():
             for pick in picks:
                 name = f"{len(stored):03d}"
                 if pick < len(images):
                     i, classes = images[pick]
-                    stored.append(_store(temporary, name, source, i, classes, c, kind))
+                    stored.append(_store(drawn, name, source, i, classes, c, kind))
                 else:
                     entry = entries[pick - len(images)]
-                    stored.append(_carry(temporary, name, source.previous, entry, c))
+                    stored.append(_carry(drawn, name, source.previous, entry, c))
     except OSError as error:
-        raise cannot_write(temporary, error) from None
+        raise cannot_write(drawn, error) from None
     numbers = {source.names[c]: [k for k, e in enumerate(stored) if e.drawn_for == c] for c in lists}
     manifest = {**settings, "lists": numbers, "entries": [asdict(entry) for entry in stored]}
     manifest["sha256"] = json_digest(manifest)
-    write_json(temporary / MANIFEST, manifest)
+    write_json(drawn / MANIFEST, manifest)
+    return drawn
+
+
+def beside(folder: Path) -> Path:
+    """Where the memory of a folder is drawn, until it is complete and wanted."""
+    return folder.with_name(f"{folder.name}.unfinished")
+
+
+def place_memory(folder: Path) -> None:
+    """Bring a memory that was drawn beside its folder there; a kill in between leaves none."""
     try:
-        shutil.rmtree(folder, ignore_errors=True)  # without a manifest, it holds no memory
-        os.replace(temporary, folder)
+        remove_memory(folder)
+        os.replace(beside(folder), folder)
     except OSError as error:
         raise cannot_write(folder, error) from None
+
+
+def remove_memory(folder: Path) -> None:
+    """Remove the memory in a folder, if it has one."""
+    with contextlib.suppress(OSError):
+        (folder / MANIFEST).unlink()  # without it, what is left is no memory
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ...]]], list[Entry]]:
@@ -238,16 +257,22 @@ def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ..
     return images, stored_entries(source.previous, kind)
 
 
+def read_memory(folder: Path) -> dict:
+    """The manifest of a stored memory, as read_manifest; UserError if any of its files is damaged."""
+    manifest = read_manifest(folder)
+    for entry in manifest["entries"]:
+        _read_files(folder, entry)
+    return manifest
+
+
 def stored_entries(folder: Path, kind: str) -> list[Entry]:
     """The entries of a memory; UserError if it is damaged or of another kind."""
-    manifest = read_manifest(folder)
+    manifest = read_memory(folder)
     if manifest.get("kind") != kind:
         raise UserError(
             f"the memory in {folder} is of kind {manifest.get('kind')}, this step needs {kind}: train "
             "all steps with the same --replay"
         )
-    for entry in manifest["entries"]:
-        _read_files(folder, entry)
     return manifest["entries"]
 
 

@@ -18,6 +18,7 @@ from PIL import Image
 
 from configs.options import Config, EvalCall, TrainCall
 from tests.helpers import PROJECT, error_line, run_script, snapshot, train_flags
+from trainer import base
 from utils.checkpoint import locked, read_checkpoint
 from utils.config import options
 
@@ -170,6 +171,7 @@ class TestTrainAndEvaluate:
         [
             ({"mem_size": 5, "bs": 1}, "cannot train on one image"),
             ({"accumulate": 3}, "cannot train on one image"),
+            ({"bs": 200, "accumulate": 100}, "cannot train on one image"),  # there are fewer images
             ({"backbone_weights": "nowhere.pth"}, "no ImageNet weights for the backbone tiny"),
             ({"data_root": "nowhere"}, "nowhere does not exist"),
             ({"task_name": "5-4"}, "unknown task '5-4'"),
@@ -187,6 +189,18 @@ class TestTrainAndEvaluate:
         flags = train_flags(voc_root, tmp_path, **{"epochs": 1, **changes})
         assert words in error_line(command("train_voc.py", *flags, "--overwrite"))
         assert snapshot(tmp_path / "models") == before
+
+    def test_an_overwrite_by_too_many_processes_leaves_the_finished_step_as_it_was(
+        self, own_step, voc_root, tmp_path, command, monkeypatch
+    ):
+        before = snapshot(own_step)
+        flags = train_flags(voc_root, tmp_path, epochs=1)
+        with monkeypatch.context() as patch:
+            patch.setattr(base, "world_size", lambda: 100)
+            line = error_line(command("train_voc.py", *flags, "--overwrite"))
+        assert "training images cannot be shared by 100 processes" in line
+        assert snapshot(own_step) == before
+        assert "is finished already" in command("train_voc.py", *flags).stdout
 
 
 class TestInterruptedStep:

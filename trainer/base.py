@@ -57,8 +57,9 @@ class Batch:
 class Trainer:
     """Trains one step of a task and evaluates it.
 
-    Making one reads and checks, and writes nothing. `prepare` draws the memory, unless it is there.
-    `fit` trains, and writes what trainer/output.py lists.
+    Making one reads and checks, and writes nothing. `prepare` draws the memory, unless it is there,
+    beside its place; what is wrong with settings and data is found by then. `fit` trains, and writes
+    what trainer/output.py lists.
     """
 
     def __init__(
@@ -67,15 +68,18 @@ class Trainer:
         data: StepData,
         resume: Path | None = None,
         previous: Path | None = None,
+        overwrite: bool = False,
     ):
-        """resume: checkpoint of this step to go on from; previous: final one of the step before."""
-        self.config, self.data, self.previous = config, data, previous
+        """resume: checkpoint of this step to go on from; previous: final one of the step before.
+
+        overwrite: what the step's folder holds is to be replaced.
+        """
+        self.config, self.data, self.previous, self.overwrite = config, data, previous, overwrite
         self.folder = config.step_dir()
         self.device = device()
         self.epoch = 0
         self.validation = Validation(config)
         self.before = {}  # what the previous model was made from, as far as it says so
-        data.check(previous.parent / "memory" if previous else None)
         seed_everything(config.seed, 0)
         torch.backends.cudnn.benchmark = True
 
@@ -147,9 +151,11 @@ class Trainer:
             self.resumed = None
 
     def fit(self) -> None:
-        """Train the remaining epochs, then evaluate on the test images and write metrics.json."""
+        """Train the remaining epochs, evaluate on the test images, and write metrics.json.
+
+        To be called once the trainer is prepared.
+        """
         settings = self.config.trainer
-        self.prepare()
         if rank() == 0:
             write_json(self.folder / "made_from.json", self.made_from)
         changed = output.other_conditions(self.before, self.made_from)

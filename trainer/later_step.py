@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 
 from data_loader.dataset import TrainDataset
+from data_loader.memory import MANIFEST
 from trainer.base import Trainer
-from trainer.output import read_model
+from trainer.output import mend_memory, read_model
 from trainer.setup import trainable
 
 
@@ -39,7 +40,12 @@ class LaterStep(Trainer):
 
         seen: as StepData.memory takes it.
         """
-        memory = self.data.memory(self.folder / "memory", self.previous.parent / "memory", seen)
+        folder, before = self.folder / "memory", self.previous.parent
+        settings = self.config.data.memory
+        draws = self.overwrite or not (folder / MANIFEST).is_file()
+        if draws and settings.replay != "none" and settings.mem_size:
+            mend_memory(self.data, before)
+        memory = self.data.memory(folder, before / "memory", self.overwrite, seen)
         return TrainDataset(self.data.training(), memory, self.config.seed)
 
     def parameter_groups(self) -> list[dict]:

@@ -19,7 +19,7 @@ import torch
 from configs.options import Config, TrainCall, load_config
 from data_loader.data_loaders import StepData
 from data_loader.data_root import SPLITS
-from data_loader.memory import MANIFEST
+from data_loader.memory import beside, place_memory, read_memory, remove_memory
 from data_loader.tasks import Task
 from models.deeplabv3 import DeepLabV3
 from trainer.evaluate import evaluate
@@ -29,6 +29,7 @@ from utils.checkpoint import (
     final_checkpoint,
     json_digest,
     load_weights,
+    locked,
     numbered_checkpoints,
     read_checkpoint,
     read_json_object,
@@ -171,6 +172,42 @@ def previous_checkpoint(config: Config, call: TrainCall) -> Path:
     return path
 
 
+def mend_memory(data: StepData, folder: Path) -> None:
+    """Draw the memory of a finished step again where it is missing or damaged: its seed decides it.
+
+    data: of a later step of the same run. Nothing is done where made_from.json does not know the digest
+    of the memory that the step was trained with. Raises UserError where another one comes out.
+    """
+    if rank() == 0:
+        _mend_memory(data, folder)
+    barrier()
+
+
+def _mend_memory(data, folder):
+    known, place = _record(folder).get("memory"), folder / "memory"
+    try:
+        if known is None or read_memory(place)["sha256"] == known:
+            return
+    except UserError:
+        pass
+    was = load_config(folder / "config.json")[0]
+    before = folder.with_name(f"step_{was.task.step - 1}")
+    _mend_memory(data, before)
+    with locked(folder, f"another process is training {folder}: wait for it, or end it"):
+        try:
+            data.draw(was.task.step, was.data.memory, was.seed, place, before / "memory", anew=True)
+            if read_memory(beside(place))["sha256"] != known:
+                raise UserError(
+                    f"{place} is missing or damaged, and cannot be drawn again as it was from {before} "
+                    "and the data set: restore it from a copy, or train that step anew "
+                    f"(--task_step {was.task.step} --overwrite)"
+                )
+            place_memory(place)
+        finally:
+            shutil.rmtree(beside(place), ignore_errors=True)
+    log.warning(f"{place} was missing or damaged: it was drawn again, the same by its digest")
+
+
 def read_model(path: Path, data: StepData, backbone: str, step: int) -> tuple[DeepLabV3, dict]:
     """The model of a step of the data's task, from a checkpoint, and the checkpoint.
 
@@ -191,23 +228,23 @@ def make_model(content: dict, path: Path, task: Task, backbone: str, step: int) 
     return model
 
 
-def begin(config: Config, resumed: bool, overwrite: bool) -> None:
+def begin(trainer: "Trainer") -> None:
     """Start to write: from here on the step is unfinished. Old output goes, unless it is resumed.
 
-    The memory stays, unless it is to be drawn anew (overwrite): a run that was killed after drawing it
-    goes on with it.
+    The trainer is prepared: nothing that it was asked for is refused any more. The memory stays, unless
+    another one was drawn: a run that was killed after drawing it goes on with it.
     """
-    folder = config.step_dir()
+    config, folder, memory = trainer.config, trainer.folder, trainer.dataset.memory
     # what marks the step as finished goes first: a kill in between leaves an unfinished step
     (folder / "metrics.json").unlink(missing_ok=True)
-    if not resumed:
+    if trainer.overwrite:
+        remove_memory(folder / "memory")
+    if memory and memory.folder != folder / "memory":
+        place_memory(folder / "memory")
+    if not trainer.resume:
         for pattern in ("last.pth", "model_best.pth", "checkpoint-epoch*.pth", "made_from.json"):
             for path in folder.glob(pattern):
                 path.unlink()
-        if overwrite:
-            (folder / "memory" / MANIFEST).unlink(missing_ok=True)  # without it, it holds no memory
-            shutil.rmtree(folder / "memory", ignore_errors=True)
-            shutil.rmtree(folder / "pseudo_labels", ignore_errors=True)
         later = config.step_dir(config.task.step + 1)
         if later.is_dir():
             log.warning(

@@ -1,12 +1,14 @@
 """One call of an entry point, in one process: train a step, or evaluate a checkpoint."""
 
 import contextlib
+import shutil
 from pathlib import Path
 
 import torch
 
 from configs.options import Config, EvalCall, TrainCall
 from data_loader.data_loaders import StepData
+from data_loader.memory import beside
 from trainer import output
 from trainer.base_step import BaseStep
 from trainer.dkd import DKDBaseStep, DKDStep
@@ -39,7 +41,7 @@ def train(config: Config, call: TrainCall) -> None:
     data = StepData(config)
     previous = output.previous_checkpoint(config, call) if data.step else None
     kind = STEPS[config.method][min(data.step, 1)]
-    trainer = kind(config, data, resume, previous)
+    trainer = kind(config, data, resume, previous, call.overwrite)
     barrier()  # all processes have looked at the folder before the first one writes into it
     busy = f"another process is training {folder}: wait for it, or end it"
     with locked(folder, busy) if rank() == 0 else contextlib.nullcontext():
@@ -47,7 +49,14 @@ def train(config: Config, call: TrainCall) -> None:
         data.describe()
         if rank() == 0:
             _check_still(config, call, resume)
-            output.begin(config, resume is not None, call.overwrite)
+        try:
+            trainer.prepare()
+            barrier()  # all processes have read the memory before it gets its place
+            if rank() == 0:
+                output.begin(trainer)
+        finally:
+            if rank() == 0:  # what was drawn for a run that is refused
+                shutil.rmtree(beside(folder / "memory"), ignore_errors=True)
         barrier()
         trainer.fit()
 

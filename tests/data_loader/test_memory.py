@@ -16,7 +16,7 @@ from PIL import Image
 from data_loader import memory as memory_module
 from data_loader.data_loaders import StepData
 from data_loader.dataset import TrainDataset, normalize
-from data_loader.memory import balanced_draw, read_manifest
+from data_loader.memory import balanced_draw, beside, place_memory, read_manifest
 from data_loader.tasks import get_task
 from tests.helpers import CLASS_NAMES, small_config, snapshot
 from utils.errors import UserError
@@ -46,6 +46,14 @@ def messages():
 
 def step_data(root, step=1, mem_size=20, **changes):
     return StepData(small_config(root, root, task_step=step, mem_size=mem_size, **changes))
+
+
+def kept_memory(data, folder, previous):
+    """The memory of a step, in its folder, as a run leaves it."""
+    memory = data.memory(folder, previous)
+    if beside(folder).is_dir():
+        place_memory(folder)
+    return memory
 
 
 def decoded(root, name):
@@ -131,7 +139,7 @@ class TestCandidates:
         self, voc_root, tmp_path, setting, step
     ):
         data = step_data(voc_root, step, ALL, task_setting=setting, task_name="15-1_b")
-        data.memory(tmp_path / "memory", None)
+        kept_memory(data, tmp_path / "memory", None)
         rows = read_manifest(tmp_path / "memory")["entries"]
         found = {(row.id, tuple(sorted(row.classes))) for row in rows}
         arguments = voc_root, setting, step - 1
@@ -141,8 +149,8 @@ class TestCandidates:
             assert expected < expected_candidates(*arguments, "image", "15-1_b")
 
     def test_stored_entries_are_candidates_again(self, voc_root, tmp_path):
-        step_data(voc_root, 1, ALL).memory(tmp_path / "one", None)
-        step_data(voc_root, 2, ALL).memory(tmp_path / "two", tmp_path / "one")
+        kept_memory(step_data(voc_root, 1, ALL), tmp_path / "one", None)
+        kept_memory(step_data(voc_root, 2, ALL), tmp_path / "two", tmp_path / "one")
         first, second = (read_manifest(tmp_path / name)["entries"] for name in ("one", "two"))
         new = expected_candidates(voc_root, "overlap", 1)
         assert sorted((r.id, tuple(r.classes)) for r in second) == sorted(
@@ -151,7 +159,7 @@ class TestCandidates:
 
     def test_whole_images_need_not_be_in_one_piece(self, voc_root, tmp_path):
         data = step_data(voc_root, 1, ALL, replay="image")
-        memory = data.memory(tmp_path / "memory", None)
+        memory = kept_memory(data, tmp_path / "memory", None)
         rows = read_manifest(tmp_path / "memory")["entries"]
         expected = expected_candidates(voc_root, "overlap", 0, "image")
         assert {(row.id, tuple(row.classes)) for row in rows} == expected
@@ -169,17 +177,17 @@ class TestCandidates:
         assert voids and not memory.instances
 
     def test_kinds_do_not_mix(self, voc_root, tmp_path):
-        step_data(voc_root, 1).memory(tmp_path / "one", None)
+        kept_memory(step_data(voc_root, 1), tmp_path / "one", None)
         data = step_data(voc_root, 2, replay="image")
         with pytest.raises(UserError, match=r"one is of kind instance.*image.*same --replay"):
-            data.memory(tmp_path / "two", tmp_path / "one")
+            kept_memory(data, tmp_path / "two", tmp_path / "one")
         assert not (tmp_path / "two").exists()
 
 
 class TestStore:
     @pytest.mark.parametrize("task", ["5-3", "15-1_b"])
     def test_entries_hold_the_instances_and_nothing_around_them(self, voc_root, tmp_path, task):
-        step_data(voc_root, 1, ALL, task_name=task).memory(tmp_path / "memory", None)
+        kept_memory(step_data(voc_root, 1, ALL, task_name=task), tmp_path / "memory", None)
         around = 0
         for row in read_manifest(tmp_path / "memory")["entries"]:
             image, label = decoded(voc_root, row.id)
@@ -196,7 +204,7 @@ class TestStore:
 
     def test_the_manifest_is_complete(self, voc_root, tmp_path):
         folder = tmp_path / "memory"
-        step_data(voc_root, 1, 12, task_name="15-1_b", seed=7).memory(folder, None)
+        kept_memory(step_data(voc_root, 1, 12, task_name="15-1_b", seed=7), folder, None)
         manifest = json.loads((folder / "manifest.json").read_text())
         order = get_task("15-1_b", "overlap").steps[0]
         assert all(row.keys() == FIELDS for row in manifest["entries"])
@@ -218,13 +226,13 @@ class TestStore:
 
     def test_the_budget_holds_at_every_step_and_the_seed_decides(self, voc_root, tmp_path):
         for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-            step_data(voc_root, 1, 9, seed=seed).memory(tmp_path / name, None)
+            kept_memory(step_data(voc_root, 1, 9, seed=seed), tmp_path / name, None)
         a, b, c = (snapshot(tmp_path / name) for name in "abc")
         assert a == b != c
         previous = None
         for step in (1, 2, 3):
             folder = tmp_path / str(step)
-            memory = step_data(voc_root, step, 9).memory(folder, previous)
+            memory = kept_memory(step_data(voc_root, step, 9), folder, previous)
             counts = [memory.drawn_for.count(c) for c in range(1, 3 * step + 3)]
             assert len(memory) == sum(counts) == 9
             assert max(counts) - min(counts) <= 1 and len(counts) == 3 * step + 2
@@ -235,7 +243,7 @@ class TestStore:
         """Where it is to be replayed, and where entries are to be carried on from it."""
         folder = tmp_path / "memory"
         data = step_data(voc_root, 1, 6)
-        data.memory(folder, None)
+        kept_memory(data, folder, None)
         path = next(folder.glob("*_label.png" if harm == "label" else "*_image.png"))
         if harm == "missing":
             path.unlink()
@@ -244,30 +252,30 @@ class TestStore:
             image.putpixel((0, 0), 3 if harm == "label" else (1, 2, 3))
             image.save(path)
         with pytest.raises(UserError) as refused:
-            data.memory(folder, None)
+            kept_memory(data, folder, None)
         assert str(path) in str(refused.value)
         assert "train that step anew with --overwrite" in str(refused.value)
         with pytest.raises(UserError, match="is missing or was changed"):
-            step_data(voc_root, 2, ALL).memory(tmp_path / "next", folder)
+            kept_memory(step_data(voc_root, 2, ALL), tmp_path / "next", folder)
         assert not (tmp_path / "next").exists()
         shutil.rmtree(folder)
-        assert len(data.memory(folder, None)) == 6
+        assert len(kept_memory(data, folder, None)) == 6
 
     def test_it_is_not_drawn_again_when_it_is_there(self, voc_root, tmp_path):
         folder = tmp_path / "memory"
         data = step_data(voc_root, 1, 6)
-        data.memory(folder, None)
+        kept_memory(data, folder, None)
         before = snapshot(folder)
         times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-        assert len(data.memory(folder, None)) == 6
+        assert len(kept_memory(data, folder, None)) == 6
         assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
         with pytest.raises(UserError, match=r"drawn with another budget.*--overwrite"):
-            step_data(voc_root, 1, 4).memory(folder, None)
+            kept_memory(step_data(voc_root, 1, 4), folder, None)
         assert snapshot(folder) == before
 
     def test_an_interrupted_build_leaves_no_half_memory(self, voc_root, tmp_path, monkeypatch):
         data = step_data(voc_root, 1, 6)
-        data.memory(tmp_path / "whole", None)
+        kept_memory(data, tmp_path / "whole", None)
         folder, calls, store = tmp_path / "memory", [], memory_module._store
 
         def interrupted(*arguments):
@@ -279,12 +287,12 @@ class TestStore:
         with monkeypatch.context() as patch:
             patch.setattr(memory_module, "_store", interrupted)
             with pytest.raises(KeyboardInterrupt):
-                data.memory(folder, None)
+                kept_memory(data, folder, None)
         assert not folder.exists()
         leftover = tmp_path / "memory.unfinished"
         leftover.mkdir(exist_ok=True)
         (leftover / "999_junk_image.png").write_bytes(b"junk")
-        data.memory(folder, None)
+        kept_memory(data, folder, None)
         assert snapshot(folder) == snapshot(tmp_path / "whole")
         assert not leftover.exists()
 
@@ -292,9 +300,9 @@ class TestStore:
 class TestWithoutTheOldData:
     def test_carried_entries_survive_the_deletion_of_the_original_data(self, own_root, tmp_path):
         first = step_data(own_root, 1, 10)
-        first.memory(tmp_path / "one", None)
+        kept_memory(first, tmp_path / "one", None)
         whole = step_data(own_root, 2, 12)
-        whole.memory(tmp_path / "undisturbed", tmp_path / "one")
+        kept_memory(whole, tmp_path / "undisturbed", tmp_path / "one")
 
         kept = {name for name, _ in expected_candidates(own_root, "overlap", 1, "image")}
         kept |= {name for name, _ in expected_candidates(own_root, "overlap", 2, "image")}
@@ -307,12 +315,12 @@ class TestWithoutTheOldData:
         (own_root / "ImageSets" / "Segmentation" / "train_aug.txt").write_text("".join(lines))
 
         data = step_data(own_root, 2, 12)
-        memory = data.memory(tmp_path / "two", tmp_path / "one")
+        memory = kept_memory(data, tmp_path / "two", tmp_path / "one")
         assert snapshot(tmp_path / "two") == snapshot(tmp_path / "undisturbed")
         gone = [i for i, entry in enumerate(memory.entries) if entry.id not in kept]
         assert gone
         shutil.rmtree(tmp_path / "one")
-        alone = data.memory(tmp_path / "two", None)
+        alone = kept_memory(data, tmp_path / "two", None)
         for i in gone:
             assert all(map(torch.equal, alone.replay(i), memory.replay(i)))
             assert 0 < memory.replay(i)[1].max() <= 5
@@ -320,7 +328,7 @@ class TestWithoutTheOldData:
 
 class TestWarnings:
     def test_running_out_says_how_many_there_are(self, voc_root, tmp_path, messages):
-        step_data(voc_root, 1, ALL).memory(tmp_path / "memory", None)
+        kept_memory(step_data(voc_root, 1, ALL), tmp_path / "memory", None)
         lists = read_manifest(tmp_path / "memory")["lists"]
         counts = ", ".join(f"{name} {len(entries)}" for name, entries in lists.items())
         total = sum(map(len, lists.values()))
@@ -333,7 +341,7 @@ class TestWarnings:
             if (label == 4).any():
                 label[0, :3] = [4, 0, 4]
                 Image.fromarray(label).save(own_root / "SegmentationClassAug" / f"{name}.png")
-        memory = step_data(own_root, 1, 8).memory(tmp_path / "memory", None)
+        memory = kept_memory(step_data(own_root, 1, 8), tmp_path / "memory", None)
         assert 4 not in memory.drawn_for and len(memory) == 8
         (warning,) = [text for level, text in messages if level == "WARNING"]
         assert "no entry at all for boat:" in warning
@@ -346,17 +354,17 @@ class TestWarnings:
             label[2, : 2 * len(present)] = [value for c in present for value in (c, 0)]
             label[1] = 0
             Image.fromarray(label).save(own_root / "SegmentationClassAug" / f"{name}.png")
-        assert step_data(own_root, 1, 8).memory(tmp_path / "memory", None) is None
+        assert kept_memory(step_data(own_root, 1, 8), tmp_path / "memory", None) is None
         assert any("the memory is empty" in text for _, text in messages)
 
     def test_a_missing_memory_before_is_a_warning(self, voc_root, tmp_path, messages):
-        memory = step_data(voc_root, 2, 6).memory(tmp_path / "two", tmp_path / "one")
+        memory = kept_memory(step_data(voc_root, 2, 6), tmp_path / "two", tmp_path / "one")
         assert set(memory.drawn_for) == {6, 7, 8}
         assert any("no memory in" in text for level, text in messages if level == "WARNING")
 
     @pytest.mark.parametrize("changes", [{"mem_size": 0}, {"replay": "none"}])
     def test_no_memory_leaves_no_trace(self, voc_root, tmp_path, changes, messages):
-        assert step_data(voc_root, 1, **changes).memory(tmp_path / "memory", None) is None
+        assert kept_memory(step_data(voc_root, 1, **changes), tmp_path / "memory", None) is None
         assert not list(tmp_path.iterdir()) and not messages
 
 
@@ -366,7 +374,7 @@ class TestReplay:
         return step_data(voc_root, 1, 12, task_name="15-1_b")
 
     def test_an_entry_alone_is_zero_outside_after_normalisation(self, data, tmp_path):
-        memory = data.memory(tmp_path / "memory", None)
+        memory = kept_memory(data, tmp_path / "memory", None)
         order = data.task.steps[0]
         mean, std = np.array([0.485, 0.456, 0.406]), np.array([0.229, 0.224, 0.225])
         for i, row in enumerate(read_manifest(tmp_path / "memory")["entries"]):
@@ -384,7 +392,7 @@ class TestReplay:
             assert np.allclose(found, expected, atol=1e-5)
 
     def test_samples_of_the_training_set_are_alone_too(self, data, voc_root, tmp_path):
-        memory = data.memory(tmp_path / "memory", None)
+        memory = kept_memory(data, tmp_path / "memory", None)
         samples = TrainDataset(data.training(), memory, seed=1)
         first = len(samples.images)
         assert len(samples) == first + 12
@@ -405,7 +413,7 @@ class TestReplay:
         sample = samples[(0, 0)]
         assert not sample["replayed"] and not sample["alone"]
         whole = step_data(voc_root, 1, 5, replay="image")
-        samples = TrainDataset(whole.training(), whole.memory(tmp_path / "whole", None), seed=1)
+        samples = TrainDataset(whole.training(), kept_memory(whole, tmp_path / "whole", None), seed=1)
         sample = samples[(0, len(samples) - 1)]
         assert sample["replayed"] and not sample["alone"]
 
@@ -421,7 +429,7 @@ class TestManifest:
         self, voc_root, tmp_path, messages
     ):
         path = tmp_path / "memory" / "manifest.json"
-        step_data(voc_root, 1, 4).memory(path.parent, None)
+        kept_memory(step_data(voc_root, 1, 4), path.parent, None)
         manifest = json.loads(path.read_text())
         outside = [{**manifest["entries"][0], "file": "../x"}]
         for change, words in (

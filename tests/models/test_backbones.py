@@ -178,6 +178,7 @@ class TestTimm:
     def test_a_stored_step_evaluates_to_the_numbers_of_its_training(self, timm, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path, backbone=LITE, epochs=1)
         trainer = BaseStep(config, StepData(config))
+        trainer.prepare()
         trainer.fit()
         model, _ = output.read_model(trainer.folder / "checkpoint-epoch1.pth", trainer.data, LITE, 0)
         again = evaluate(model, trainer.data, "test", trainer.device)

@@ -27,12 +27,10 @@ def work(config: Config, output: str, previous: str | None = None) -> None:
     data = StepData(config)
     kind = STEPS[config.method][data.step]
     trainer = kind(config, data, previous=Path(previous) if previous else None)
-    with mock.patch.object(
-        data_loaders, "build_memory", wraps=data_loaders.build_memory
-    ) as build_memory:
+    with mock.patch.object(data_loaders, "draw_memory", wraps=data_loaders.draw_memory) as draw_memory:
         trainer.prepare()
     trainer.train_mode()
-    gradients, seen = {}, {"draws": build_memory.call_count, "pseudo labels": 0, "pasted": 0}
+    gradients, seen = {}, {"draws": draw_memory.call_count, "pseudo labels": 0, "pasted": 0}
 
     def keep(*_):
         gradients.update(

@@ -258,13 +258,13 @@ class TestMemory:
         chosen, new = data.select("train", 1), data.task.steps[1]
         config = settings(voc_root, tmp_path, 2, replay="image", mem_size=1000)
         data = StepData(config)
-        data.memory(tmp_path / "memory", None, lambda: [{seen_class}] * len(chosen))
-        entries = read_manifest(tmp_path / "memory")["entries"]
+        data.memory(tmp_path / "memory", None, False, lambda: [{seen_class}] * len(chosen))
+        entries = read_manifest(tmp_path / "memory.unfinished")["entries"]
         assert len(entries) == len(chosen)
         for entry in entries:
             label = np.array(Image.open(voc_root / "SegmentationClassAug" / f"{entry.id}.png"))
             visible = set(np.unique(label).tolist()) & set(new)
             assert set(entry.classes) == visible | {seen_class}
-            kept = np.array(Image.open(tmp_path / "memory" / f"{entry.file}_label.png"))
+            kept = np.array(Image.open(tmp_path / "memory.unfinished" / f"{entry.file}_label.png"))
             assert set(np.unique(kept).tolist()) - {0, VOID} == visible
         assert {entry.drawn_for for entry in entries} == {seen_class, *new}

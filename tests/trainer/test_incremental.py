@@ -30,6 +30,7 @@ from tests.trainer.steps import assert_same_step, raw_batch, run, silent_meter, 
 from trainer import output
 from trainer.base_step import BaseStep
 from trainer.incremental import IncrementalStep
+from trainer.output import has_results
 from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint, write_atomically
 from utils.errors import UserError
 from utils.logging import log
@@ -141,6 +142,19 @@ def test_three_steps_one_class_each(voc_root, step_0, tmp_path):
         assert memory["classes"] == list(ORDER[: 14 + step])
         assert len(memory["entries"]) == 9
 
+    # a memory that a later step needs is drawn again, the same one, or not at all
+    folder = settings(voc_root, step_0.parents[3], 1).step_dir()
+    before, data = snapshot(folder / "memory"), StepData(settings(voc_root, tmp_path, 2))
+    for gone in (folder / "memory", next(folder.glob("memory/*_label.png"))):
+        (shutil.rmtree if gone.is_dir() else Path.unlink)(gone)
+        output.mend_memory(data, folder)
+        assert snapshot(folder / "memory") == before
+    record = json.loads((folder / "made_from.json").read_text())
+    (folder / "made_from.json").write_text(json.dumps({**record, "memory": "another one"}))
+    with pytest.raises(UserError, match=r"cannot be drawn again .*\(--task_step 1 --overwrite\)"):
+        output.mend_memory(data, folder)
+    assert snapshot(folder / "memory") == before
+
     # step 0 is trained anew: what was made from its former model is stale
     runs = Path(shutil.copytree(step_0.parents[3], tmp_path / "copy"))
     before = settings(voc_root, runs, 0).step_dir() / step_0.name
@@ -163,9 +177,10 @@ def test_a_few_images_are_learned_in_a_shuffled_order(tmp_path):
     for module in base.model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             module.momentum = 0.1  # statistics that follow a run as short as this one
+    base.prepare()
     base.fit()
-    config = settings(root, tmp_path, 1, epochs=14, lr=0.005, **changes)
-    IncrementalStep(config, StepData(config), None, final_checkpoint(base.folder)).fit()
+    config = settings(root, tmp_path, 1, epochs=24, lr=0.005, **changes)
+    run(config)
     for step in (0, 1):
         folder = settings(root, tmp_path, step).step_dir()
         model = DeepLabV3([15, 1][: step + 1], "tiny")
@@ -477,7 +492,7 @@ class TestChoices:
         stored = 9 if replay != "none" and size else 0
         assert len(trainer.dataset) == len(trainer.data.training()) + stored
         assert (trainer.paste is not None) == (replay == "eir" and bool(size))
-        assert (trainer.folder / "memory").is_dir() == bool(stored)
+        assert (trainer.folder / "memory.unfinished").is_dir() == bool(stored)
         if stored:
             assert trainer.dataset.memory.instances == (replay != "image")
         before = state(trainer.model)
@@ -588,9 +603,10 @@ class TestOverwrite:
             ([], {"mem_size": 5, "bs": 1}, "cannot train on one image"),
             (["--freeze_bn"], {"prev_checkpoint": "nowhere.pth"}, "no checkpoint at nowhere.pth"),
             (["--freeze_bn"], {"prev_checkpoint": damaged}, "cannot read the memory in"),
+            ([], {"mem_size": 5, "bs": 200, "accumulate": 100}, "cannot train on one image"),
         ):
             assert words in error_line(overwrite(*flags, **changes))
-            assert snapshot(own_step) == before
+            assert snapshot(own_step) == before and has_results(own_step)
 
 
 class TestPseudoLabelsOfWholeImages:
