@@ -64,7 +64,7 @@ def teacher(tmp_path_factory):
 
 @pytest.fixture
 def make(voc_root, tmp_path, teacher):
-    """Makes the trainer of a step, ready to train, without dropout."""
+    """Makes the trainer of a step, ready to train."""
     numbers = itertools.count()
 
     def prepared(**changes):
@@ -73,7 +73,6 @@ def make(voc_root, tmp_path, teacher):
         trainer = STEPS[config.method][step](config, StepData(config), None, teacher if step else None)
         trainer.prepare()
         trainer.train_mode()
-        stop_dropout(trainer.model)
         if SWAPPED and config.amp_dtype == "fp16":  # the program has it on CUDA alone
             trainer.amp_dtype, trainer.scaler = torch.float16, torch.amp.GradScaler("cpu")
         return trainer
@@ -90,6 +89,7 @@ def test_an_iteration_in_float32_equals_the_cpus(make, kind):
     for where in WHERE:
         with on(where):
             trainer, found = make(**KINDS[kind], use_amp=False, pos_weight=2.0), {}
+            stop_dropout(trainer.model)  # its masks are others on another device
 
             def keep(*_, trainer=trainer, found=found):
                 learned = (item for item in trainer.model.named_parameters() if item[1].requires_grad)
