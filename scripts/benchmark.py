@@ -32,7 +32,7 @@ from torch.utils import benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from configs.options import Config
+from configs.options import Config, DataSet
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
 from data_loader.data_root import DataRoot, read_image, read_label
 from data_loader.dataset import LabelledImages, TrainDataset, normalize
@@ -77,12 +77,23 @@ class Row:
 
 
 def call_times(work: Work, repeats: int, before: Work | None = None) -> list[float]:
-    """Seconds of each of `repeats` calls of work(), on CUDA with the device's part of the work.
+    """Seconds of each of `repeats` calls of work().
 
-    PyTorch's clock waits for the device before it is read. PyTorch's Timer has the same clock, but
-    would call the work twice more ahead of each repeat, or choose the number of repeats itself.
+    On CUDA from one event of the device to another, without waiting for it in between: the host runs
+    ahead of the device there, as it does in training.
     """
-    return timeit.Timer(work, before or "pass", timer=benchmark.timer).repeat(repeats, number=1)
+    if device().type != "cuda":
+        return timeit.Timer(work, before or "pass", timer=benchmark.timer).repeat(repeats, number=1)
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
+    torch.cuda.synchronize()
+    for start, end in events:
+        if before:
+            before()
+        start.record()
+        work()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) / 1000 for start, end in events]
 
 
 def warm_up(work: Work, calls: int, before: Work | None = None) -> float:
@@ -90,12 +101,12 @@ def warm_up(work: Work, calls: int, before: Work | None = None) -> float:
 
     The peak is taken here because the first call finds nothing allocated for it yet.
     """
+    gc.collect()
     if device().type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         in_use = torch.cuda.memory_allocated() / 2**20
     else:
         if Path("/proc/self/clear_refs").exists():
-            gc.collect()
             ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back to the system
             Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is in use
         in_use = peak_memory()
@@ -137,13 +148,19 @@ def ratio(name: str, over: Row, under: Row) -> Row:
 # Reading files.
 
 
-def photographs(folder: Path, train: int, val: int) -> Path:
+def drawn(classes: int) -> DataSet:
+    """What the drawn images are: a data set of so many classes in VOC's folders."""
+    names = {f"class {i}": i for i in range(1, classes + 1)}
+    return DataSet(name="drawn", classes=names, highest_id=classes)
+
+
+def photographs(folder: Path, train: int, val: int, classes: int = 20) -> Path:
     """A VOC root in `folder` whose images decode like photographs: 500x375, JPEG quality 95.
 
     Their pixels are noise of all scales, coarse ones strongest: the flat areas of drawn shapes would
     decode faster.
     """
-    root, size = make_synthetic_voc(folder, train, val, 400), (500, 375)
+    root, size = make_synthetic_voc(folder, train, val, 400, classes=classes), (500, 375)
     rng = np.random.default_rng(0)
     for image in sorted((root / "JPEGImages").iterdir()):
         pixels = np.full((375, 500, 3), 128.0)
@@ -254,8 +271,12 @@ def prepared_step(args: Namespace, number: int = 1) -> Iterator[tuple[Trainer, d
     It trains on the images of --data_root, else on drawn ones of 400 to 500 px.
     """
     with tempfile.TemporaryDirectory() as folder:
-        root = args.data_root or make_synthetic_voc(Path(folder) / "voc", 8 * args.batch, 1, 400)
         config = Config()
+        root = args.data_root
+        if not root:
+            voc = Path(folder) / "voc"
+            root = make_synthetic_voc(voc, 8 * args.batch, 1, 400, classes=args.classes)
+            config.data.dataset = drawn(args.classes)
         config.data.data_root, config.trainer.save_dir = str(root), folder
         config.arch.args.backbone, config.arch.args.backbone_pretrained = args.backbone, False
         config.data.train.batch_size, config.data.memory.mem_size = args.batch, args.mem_size
@@ -402,7 +423,7 @@ def paste(args: Namespace) -> list[Row]:
         one_new = 2 + sum(trainer.data.classes[:-1])  # channels where one class is learned
         plain = partial(plain_pasted, trainer, batch, labels, one_new)
         count, n = trainer.config.hyperparameter.paste.pastes, len(raw["id"])
-        title = f"crop {args.crop}, per image"
+        title = f"crop {args.crop}, batch {n}, per image"
         filled = measure(f"pseudo labels, {title}", fill, args, "ms", n)
         under = measure(f"paste, {count} instances, {title}", fast, args, "ms", n)
         over = measure(f"plain, {title}", plain, args, "ms", n)
@@ -412,32 +433,68 @@ def paste(args: Namespace) -> list[Row]:
 def step(args: Namespace) -> list[Row]:
     """A base and an incremental iteration: beside its bare networks, beside the plain one, in parts."""
     rows = []
-    for number, kind in enumerate(("base", "incremental")):
+    for number in (0, 1):
         with prepared_step(args, number) as (trainer, raw):
-            n, images = len(raw["id"]), trainer.to_device(raw)[0].images
-            batches = itertools.repeat(raw)
-            if args.data == "loader":
-                epoch = make_loader(trainer.dataset, trainer.batches, args.num_workers, True)
-                batches = itertools.chain.from_iterable(itertools.repeat(epoch))
-            title = f"{kind}: bare networks, {args.backbone}, crop {args.crop}, batch {n}"
-            bare = title, partial(bare_networks, trainer, images)
-            whole = f"{kind}: iteration, data from {args.data}", iteration(trainer, batches)
-            under, over, quotient = compare(bare, whole, args)
-            rates = Row(f"{kind}: images per second", "/s", [n / seconds for seconds in over.values])
-            rows += [under, over, quotient, rates]
-            if number:
-                slow = measure(f"{kind}: plain", partial(plain_iteration, trainer, raw), args)
-                rows += [slow, ratio(f"{kind}: plain / iteration", slow, over)]
+            batches = chosen_batches(args, trainer, raw)
+            rows += whole_step(args, trainer, raw, batches)
             works = {"next batch of the loader": partial(next, batches), **pieces(trainer, raw)}
             rows += [measure(f"  {name}", work, args) for name, work in works.items()]
+    return rows
+
+
+def chosen_batches(args: Namespace, trainer: Trainer, raw: dict) -> Iterator[dict]:
+    """Batches without end: epochs of the loader, or the same one from memory."""
+    if args.data == "memory":
+        return itertools.repeat(raw)
+    epoch = make_loader(trainer.dataset, trainer.batches, args.num_workers, True)
+    return itertools.chain.from_iterable(itertools.repeat(epoch))
+
+
+def whole_step(args: Namespace, trainer: Trainer, raw: dict, batches: Iterator[dict]) -> list[Row]:
+    """An iteration of a step beside its bare networks and, at a step t >= 1, beside the plain one."""
+    kind = "incremental" if trainer.data.step else "base"
+    n, images = len(raw["id"]), trainer.to_device(raw)[0].images
+    title = f"{kind}: bare networks, {args.backbone}, crop {args.crop}, batch {n}"
+    bare = title, partial(bare_networks, trainer, images)
+    whole = f"{kind}: iteration, data from {args.data}", iteration(trainer, batches)
+    under, over, quotient = compare(bare, whole, args)
+    rates = Row(f"{kind}: images per second", "/s", [n / seconds for seconds in over.values])
+    rows = [under, over, quotient, rates]
+    if trainer.data.step:
+        slow = measure(f"{kind}: plain", partial(plain_iteration, trainer, raw), args)
+        rows += [slow, ratio(f"{kind}: plain / iteration", slow, over)]
+    return rows
+
+
+def table(args: Namespace) -> list[Row]:
+    """Both iterations and the paste at three sizes of a batch: --batch, twice and four times that.
+
+    It ends before a batch that the GPU has no memory for.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        root = args.data_root or make_synthetic_voc(Path(folder) / "voc", 32 * args.batch, 1, 400)
+        for batch in (args.batch, 2 * args.batch, 4 * args.batch):
+            sized = Namespace(**{**vars(args), "data_root": root, "batch": batch})
+            try:
+                for number in (0, 1):
+                    with prepared_step(sized, number) as (trainer, raw):
+                        rows += whole_step(sized, trainer, raw, chosen_batches(sized, trainer, raw))
+                rows += paste(sized)
+            except torch.OutOfMemoryError:
+                print(f"warning: no memory for a batch of {batch}", file=sys.stderr)
+                break
     return rows
 
 
 def evaluation(args: Namespace) -> list[Row]:
     """The evaluation loop, data included, beside the bare forward passes of the same images."""
     with tempfile.TemporaryDirectory() as folder:
-        root = args.data_root or photographs(Path(folder) / "voc", 1, args.eval_images)
         config = Config()
+        root = args.data_root
+        if not root:
+            root = photographs(Path(folder) / "voc", 1, args.eval_images, args.classes)
+            config.data.dataset = drawn(args.classes)
         config.data.data_root, config.data.num_workers = str(root), args.num_workers
         config.data.test.args.transform_args.crop_size = args.eval_crop
         config.data.test.batch_size = args.eval_batch
@@ -522,7 +579,9 @@ PARTS = dict(
     step=step,
     eval=evaluation,
     scaling=scaling,
+    table=table,
 )
+SWEEPS = ("scaling", "table")  # the same works at several sizes: no part of "all"
 # Flag -> its default, its least value and its help.
 FLAGS = {
     "index_images": (12000, 1, "label maps"),
@@ -532,9 +591,10 @@ FLAGS = {
     "eval_images": (96, 1, "images"),
     "eval_crop": (128, 32, "crop, pixels"),
     "eval_batch": (8, 1, "images per batch"),
-    "batch": (4, 1, "images per batch of the parts memory, paste, loss and step"),
+    "batch": (4, 1, "images per batch of the parts memory, paste, loss, step and table"),
     "crop": (128, 32, "crop of these parts, pixels"),
     "mem_size": (100, 1, "stored instances, at most"),
+    "classes": (20, 2, "classes of the images drawn for the parts memory, paste, step and eval"),
     "channels": (9, 5, "channels of the part loss, three of them new"),
     "num_workers": (2, 0, "loader processes where a whole loader is measured"),
     "warmup": (1, 1, "calls before measuring"),
@@ -570,7 +630,7 @@ def format_rows(rows: list[tuple[str, Row]]) -> str:
 def parse(argv: list[str] | None) -> Namespace:
     """The flags; a value that no part can use ends the program with a line that says so."""
     parser = ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling")
+    parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling and table")
     parser.add_argument("--data_root", help="a VOC 2012 folder (else images are drawn)")
     parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")
     parser.add_argument("--task", default="15-5", help="task of memory, paste and step (%(default)s)")
@@ -580,7 +640,7 @@ def parse(argv: list[str] | None) -> Namespace:
         "--data",
         choices=("loader", "memory"),
         default="loader",
-        help="where the part step has its batches from (%(default)s)",
+        help="where the parts step and table have their batches from (%(default)s)",
     )
     parser.add_argument(
         "--amp_dtype",
@@ -607,7 +667,7 @@ def main(argv: list[str] | None = None) -> int:
     log.setLevel(logging.ERROR)
     about = environment()
     print("\n".join(f"{key:<12} {value}" for key, value in about.items()) + "\n")
-    chosen = [args.part] if args.part != "all" else [part for part in PARTS if part != "scaling"]
+    chosen = [args.part] if args.part != "all" else [part for part in PARTS if part not in SWEEPS]
     try:
         rows = [(part, row) for part in chosen for row in PARTS[part](args)]
     except UserError as error:

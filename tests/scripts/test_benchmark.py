@@ -1,8 +1,10 @@
 """The benchmark runs and reports; how long things take is not tested."""
 
 import json
+from contextlib import nullcontext
 
 import pytest
+import torch
 
 from scripts import benchmark
 
@@ -62,11 +64,42 @@ def test_whole_is_timed_between_two_halves_of_bare():
     assert quotient.name == "whole / bare" and quotient.unit == "x"
 
 
-def test_what_comes_before_a_call_is_not_timed(monkeypatch):
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_comes_before_a_call_is_not_timed(monkeypatch, kind):
+    """Nor what the device has still to do when a call begins: events stand in its own order."""
     clock = iter(range(100))
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = next(clock)
+
+        def elapsed_time(self, later):
+            return 1000 * (later.time - self.time)
+
+    monkeypatch.setattr(benchmark, "device", lambda: torch.device(kind))
     monkeypatch.setattr(benchmark.benchmark, "timer", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     seconds = benchmark.call_times(lambda: next(clock), 3, before=lambda: [next(clock), next(clock)])
     assert seconds == [2, 2, 2]
+
+
+def test_the_table_ends_before_a_batch_that_finds_no_memory(monkeypatch, capsys):
+    def paste(args):
+        if args.batch == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [benchmark.Row("paste", "s", [1.0])]
+
+    monkeypatch.setattr(benchmark, "make_synthetic_voc", lambda *_: None)
+    monkeypatch.setattr(benchmark, "prepared_step", lambda *_: nullcontext((None, None)))
+    monkeypatch.setattr(benchmark, "chosen_batches", lambda *_: None)
+    monkeypatch.setattr(benchmark, "whole_step", lambda *_: [])
+    monkeypatch.setattr(benchmark, "paste", paste)
+    rows = benchmark.table(benchmark.parse(["table", *FLAGS]))
+    assert len(rows) == 1 and "no memory for a batch of 4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("flags", [["--repeats=0"], ["--index_size=8"], ["--json=missing/report.json"]])
