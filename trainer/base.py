@@ -223,13 +223,10 @@ class Trainer:
         batches = self.to_device(raw)
         terms = {}
         for batch in batches:
-            keys = (
-                (self.config.seed, batch.epoch, i, 3) for i in batch.indices
-            )  # 3: the dropout's own
-            seed_dropout(self.model, [int(SeedSequence(key).generate_state(1)[0]) for key in keys])
             # several processes exchange their gradients once, with those of the last micro-batch
             waits = self.net is not self.model and batch is not batches[-1]
-            keys = ((self.config.seed, batch.epoch, i, 3) for i in batch.indices)  # 3: no other draw's
+            # the masks of dropout follow from seed, epoch and image; no other draw has a 3 there
+            keys = ((self.config.seed, batch.epoch, i, 3) for i in batch.indices)
             seed_dropout(self.model, [int(SeedSequence(key).generate_state(1)[0]) for key in keys])
             with self.net.no_sync() if waits else contextlib.nullcontext():
                 loss, sums = self.training_loss(batch)
