@@ -136,6 +136,10 @@ def _no_norm(kind):
 # it is not used is a warning, since the same flags are often given for every step of a task.
 AT_STEP_0 = (lambda c: c.task.step == 0, "at step 0")
 WITH_MEMORY = (lambda c: c.task.step > 0 and c.data.memory.replay != "none", "where the step replays")
+WITH_INSTANCES = (
+    lambda c: WITH_MEMORY[0](c) and c.data.memory.replay in ("instance", "eir"),
+    "where the step replays instances",
+)
 WITH_PASTES = (
     lambda c: WITH_MEMORY[0](c) and c.data.memory.replay == "eir" and c.data.memory.mem_size > 0,
     "with --replay eir and a memory",
@@ -352,6 +356,16 @@ class MemoryArgs:
         "--replay",
         choices=("none", "image", "instance", "eir"),
         used=WITH_BUDGET,
+    )
+    surroundings: float = option(
+        0.0,
+        "what of its surroundings an instance is stored and replayed with: a margin on each side of "
+        "its box, as a share of the box's width and height; 0: none, as in the paper. What is pasted "
+        "stays the instance alone",
+        "--surroundings",
+        low=0,
+        high=1,
+        used=WITH_INSTANCES,
     )
 
 

@@ -289,7 +289,9 @@ class StepData:
         files, index = self.lists["train"], self._index("train")
         source = Source(files, index, chosen, visible, previous, names, seen)
         kind = "image" if settings.replay == "image" else "instance"
-        return draw_memory(folder, source, old, kind, settings.mem_size, seed, anew)
+        return draw_memory(
+            folder, source, old, kind, settings.mem_size, seed, settings.surroundings, anew
+        )
 
     def _index(self, split) -> LabelIndex:
         return self.indices["train" if split == "train" else "val"]

@@ -74,7 +74,7 @@ class TrainDataset(Dataset):
         epoch, i = key
         image, label, name = self.load(i)
         replayed = i >= len(self.images)
-        alone = replayed and self.memory.instances
+        alone = replayed and self.memory.alone
         labels = [label]
         if self.pseudo:
             labels.append(torch.zeros_like(label) if alone else self.pseudo(name, label.shape))

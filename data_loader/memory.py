@@ -1,7 +1,8 @@
 """The instance memory (METHOD 4): draw, store, load.
 
 An entry is an object of old classes without its background: the crop of its image around its visible
-classes, black elsewhere, and the label map of that crop, with its place and the size of its canvas.
+classes, black elsewhere, and the label map of that crop, with its place and the size of its canvas. On
+request (--surroundings) a margin of the image around it is kept.
 On disk that is two PNG files an entry, which a person can open, and one manifest.
 """
 
@@ -61,7 +62,8 @@ class Memory:
         self.folder = folder
         manifest = read_manifest(folder)
         self.digest = manifest["sha256"]
-        self.instances = manifest.get("kind") == "instance"
+        # instances without anything around them
+        self.alone = manifest.get("kind") == "instance" and not manifest.get("surroundings")
         self.entries = manifest["entries"]
         self.images, self.labels = [], []
         for entry in self.entries:
@@ -76,7 +78,7 @@ class Memory:
     def replay(self, i: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Entry i on its canvas: image uint8 [3, H, W], label uint8 [H, W] in channels.
 
-        Around an instance the image has ImageNet's mean colour, so that resampling at its border
+        Around what is stored the image has ImageNet's mean colour, so that resampling at its border
         mixes with what is zero after normalisation.
         """
         entry, label = self.entries[i], self.labels[i]
@@ -86,7 +88,7 @@ class Memory:
         canvas[rows, columns] = label
         image = np.empty((*entry.canvas, 3), dtype=np.uint8)
         image[:] = FILL
-        shown = label[..., None] > 0 if self.instances else True
+        shown = label[..., None] > 0 if self.alone else True
         image[rows, columns] = np.where(shown, self.images[i], np.uint8(FILL))
         return torch.from_numpy(image).permute(2, 0, 1), torch.from_numpy(canvas)
 
@@ -171,17 +173,20 @@ def draw_memory(
     kind: str,
     budget: int,
     seed: int,
+    surroundings: float = 0.0,
     anew: bool = False,
 ) -> Path:
     """Draw a memory beside `folder`, where `place_memory` can take it from; returns where it is.
 
-    kind: "instance" (crops without background) or "image" (whole images). Where the folder has the
-    memory already, nothing is drawn, unless it is to be drawn anew. Raises UserError where it holds
-    another memory, or the previous memory is of another kind or damaged.
+    kind: "instance" (crops without background) or "image" (whole images). surroundings: the margin
+    around an instance, as a share of its box. Where the folder has the memory already, nothing is
+    drawn, unless it is to be drawn anew. Raises UserError where it holds another memory, or the
+    previous memory is of another kind, has other surroundings or is damaged.
     """
     settings = {"kind": kind, "budget": budget, "seed": seed, "classes": list(old_classes)}
+    settings["surroundings"] = surroundings if kind == "instance" else 0.0
     if (folder / MANIFEST).is_file() and not anew:
-        manifest = read_manifest(folder)
+        manifest = {"surroundings": 0.0, **read_manifest(folder)}  # which former versions did not write
         changed = [key for key, value in settings.items() if manifest.get(key) != value]
         if not changed:
             return folder
@@ -189,7 +194,7 @@ def draw_memory(
             f"{folder} holds a memory drawn with another {', '.join(changed)}: choose another --name, "
             "or --overwrite the step"
         )
-    images, entries = candidates(source, kind)
+    images, entries = candidates(source, kind, settings["surroundings"])
     shown = [*(classes for _, classes in images), *(tuple(e.classes) for e in entries)]
     lists = balanced_draw(shown, old_classes, budget, np.random.default_rng((seed, len(old_classes))))
     _report({source.names[c]: len(picks) for c, picks in lists.items()}, budget)
@@ -204,7 +209,7 @@ def draw_memory(
                 name = f"{len(stored):03d}"
                 if pick < len(images):
                     i, classes = images[pick]
-                    stored.append(_store(drawn, name, source, i, classes, c, kind))
+                    stored.append(_store(drawn, name, source, i, classes, c, settings))
                 else:
                     entry = entries[pick - len(images)]
                     stored.append(_carry(drawn, name, source.previous, entry, c))
@@ -238,7 +243,9 @@ def remove_memory(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ...]]], list[Entry]]:
+def candidates(
+    source: Source, kind: str, surroundings: float = 0.0
+) -> tuple[list[tuple[int, tuple[int, ...]]], list[Entry]]:
     """What may be drawn: (image, the classes that count for it) of step t-1, and the stored entries.
 
     Instances need every visible class of the image to be one connected region.
@@ -254,7 +261,7 @@ def candidates(source: Source, kind: str) -> tuple[list[tuple[int, tuple[int, ..
         images.append((int(i), (*labelled, *sorted(further - set(labelled)))))
     if source.previous is None:
         return images, []
-    return images, stored_entries(source.previous, kind)
+    return images, stored_entries(source.previous, kind, surroundings)
 
 
 def read_memory(folder: Path) -> dict:
@@ -265,13 +272,19 @@ def read_memory(folder: Path) -> dict:
     return manifest
 
 
-def stored_entries(folder: Path, kind: str) -> list[Entry]:
-    """The entries of a memory; UserError if it is damaged or of another kind."""
+def stored_entries(folder: Path, kind: str, surroundings: float = 0.0) -> list[Entry]:
+    """The entries of a memory; UserError if it is damaged or was stored otherwise."""
     manifest = read_memory(folder)
     if manifest.get("kind") != kind:
         raise UserError(
             f"the memory in {folder} is of kind {manifest.get('kind')}, this step needs {kind}: train "
             "all steps with the same --replay"
+        )
+    stored = manifest.get("surroundings", 0.0)
+    if stored != surroundings:
+        raise UserError(
+            f"the memory in {folder} has surroundings of {stored}, this step needs {surroundings}: "
+            "train all steps with the same --surroundings"
         )
     return manifest["entries"]
 
@@ -311,21 +324,22 @@ def _report(counts, budget):
         log.warning(f"no entry at all for {', '.join(empty)}: no candidate was left that shows one")
 
 
-def _store(folder, name, source, i, classes, drawn_for, kind) -> Entry:
+def _store(folder, name, source, i, classes, drawn_for, settings) -> Entry:
     """Write image i of the list as an entry, with the labels that are visible."""
     files = source.files
     image = read_image(files.images[i]).permute(1, 2, 0).numpy()
     label = read_label(files.labels[i], files.zero)
     canvas = list(label.shape)
     keep = np.isin(label, source.visible)
-    if kind == "instance":
-        box = bounding_box(keep)
-        label, keep = label[box] * keep[box], keep[box]
-        image = image[box] * keep[..., None]
-        top, left = box[0].start, box[1].start
+    box = (slice(None), slice(None))
+    if settings["kind"] == "instance":
+        box = _with_margin(bounding_box(keep), settings["surroundings"])
+    image, label, keep = image[box], label[box], keep[box]
+    top, left = (part.start or 0 for part in box)
+    if settings["kind"] == "instance" and not settings["surroundings"]:
+        image, label = image * keep[..., None], label * keep
     else:
         label = np.where(keep | (label == VOID), label, 0).astype(np.uint8)
-        top, left = 0, 0
     file = f"{name}_{files.ids[i]}"
     Image.fromarray(np.ascontiguousarray(image)).save(folder / f"{file}_image.png")
     label_image(label).save(folder / f"{file}_label.png")
@@ -340,6 +354,15 @@ def _store(folder, name, source, i, classes, drawn_for, kind) -> Entry:
 def bounding_box(mask: np.ndarray) -> tuple[slice, slice]:
     """Rows and columns of the smallest box around the true pixels of a mask [H, W]; there are some."""
     return ndimage.find_objects(mask.astype(np.uint8))[0]
+
+
+def _with_margin(box, share):
+    """A box enlarged on each side by a share of its height and width, as far as there is an image."""
+    margins = (int(share * (part.stop - part.start)) for part in box)
+    return tuple(
+        slice(max(part.start - margin, 0), part.stop + margin)
+        for part, margin in zip(box, margins, strict=True)
+    )
 
 
 def _carry(folder, name, previous, entry, drawn_for) -> Entry:

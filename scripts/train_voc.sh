@@ -31,7 +31,7 @@ LAUNCH=("$PYTHON")
 [ -z "${LAUNCHER:-}" ] || read -r -a LAUNCH <<<"$LAUNCHER"
 
 task=(-c "$CONFIG" --multiprocessing_distributed --task_name "$TASK" --task_setting "$SETTING"
-    --epochs "$EPOCH" --mem_size "$MEMORY_SIZE")
+    --epochs "$EPOCH")
 plan=$(PYTHONPATH=$ROOT "$PYTHON" - "${task[@]}" "$@" <<'PYTHON'
 import os
 
@@ -71,7 +71,7 @@ for ((step = 0; step < steps; step++)); do
     if [ "$step" -eq 0 ]; then
         own=(--lr "$INIT_LR" --pos_weight "$INIT_POSWEIGHT")
     else
-        own=(--lr "$LR" --freeze_bn)
+        own=(--lr "$LR" --freeze_bn --mem_size "$MEMORY_SIZE")
     fi
     launch "$step" "$ROOT/train_voc.py" "${task[@]}" --bs "$BS" "${own[@]}" "$@" \
         --task_step "$step" "${resume[@]}"

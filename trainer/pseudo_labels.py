@@ -66,7 +66,7 @@ class WholeImages(Dataset):
     def __init__(self, dataset: TrainDataset, shorter: int):
         """shorter: the length that the shorter side gets, in pixels."""
         self.dataset, self.shorter = dataset, shorter
-        count = len(dataset.images) if dataset.memory and dataset.memory.instances else len(dataset)
+        count = len(dataset.images) if dataset.memory and dataset.memory.alone else len(dataset)
         entries = [entry.id for entry in dataset.memory.entries] if count > len(dataset.images) else []
         self.index = {name: i for i, name in enumerate([*dataset.images.ids, *entries])}
         self.ids = list(self.index)

@@ -174,7 +174,38 @@ class TestCandidates:
             assert np.array_equal(shown.permute(1, 2, 0), image)
             assert np.array_equal(channels, seen_then)
             voids += (seen_then == VOID).sum()
-        assert voids and not memory.instances
+        assert voids and not memory.alone
+
+    def test_instances_with_surroundings_are_the_same_ones_with_a_margin(self, voc_root, tmp_path):
+        alone = kept_memory(step_data(voc_root, 1), tmp_path / "alone", None)
+        data = step_data(voc_root, 1, surroundings=0.25)
+        memory = kept_memory(data, tmp_path / "memory", None)
+        assert alone.alone and not memory.alone
+        larger = 0
+        for i, (row, small) in enumerate(zip(memory.entries, alone.entries, strict=True)):
+            assert (row.id, row.drawn_for, row.canvas) == (small.id, small.drawn_for, small.canvas)
+            image, label = decoded(voc_root, row.id)
+            seen_then = np.where(np.isin(label, [*range(1, 6), VOID]), label, 0)
+            height, width = (int(0.25 * size) for size in (small.height, small.width))
+            rows = slice(max(small.top - height, 0), small.top + small.height + height)
+            columns = slice(max(small.left - width, 0), small.left + small.width + width)
+            pictures = stored(tmp_path / "memory", row)
+            assert np.array_equal(pictures[0], image[rows, columns])
+            assert np.array_equal(pictures[1], seen_then[rows, columns])
+            assert (row.top, row.left) == (rows.start, columns.start)
+            shown, channels = memory.replay(i)
+            expected = np.empty_like(image)
+            expected[:] = memory_module.FILL
+            expected[rows, columns] = image[rows, columns]
+            assert np.array_equal(shown.permute(1, 2, 0), expected)
+            known = channels.numpy() % VOID
+            assert np.array_equal(known, alone.replay(i)[1])  # what is pasted is the same
+            larger += row.height > small.height
+        assert larger
+        sample = TrainDataset(data.training(), memory, 1)[0, len(data.training())]
+        assert sample["replayed"] and not sample["alone"]
+        with pytest.raises(UserError, match=r"surroundings of 0\.25, this step needs 0\.0"):
+            kept_memory(step_data(voc_root, 2), tmp_path / "two", tmp_path / "memory")
 
     def test_kinds_do_not_mix(self, voc_root, tmp_path):
         kept_memory(step_data(voc_root, 1), tmp_path / "one", None)

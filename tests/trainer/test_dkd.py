@@ -206,7 +206,7 @@ class TestMemory:
         trainer = trainer_of(voc_root, saved, tmp_path, step, replay="image", mem_size=20)
         samples, task = trainer.dataset, trainer.data.task
         memory, shown = samples.memory, set()
-        assert len(memory) == 20 and not memory.instances
+        assert len(memory) == 20 and not memory.alone
         for k, entry in enumerate(memory.entries):
             label = np.array(Image.open(voc_root / "SegmentationClassAug" / f"{entry.id}.png"))
             expected = np.zeros_like(label)

@@ -494,7 +494,7 @@ class TestChoices:
         assert (trainer.paste is not None) == (replay == "eir" and bool(size))
         assert (trainer.folder / "memory.unfinished").is_dir() == bool(stored)
         if stored:
-            assert trainer.dataset.memory.instances == (replay != "image")
+            assert trainer.dataset.memory.alone == (replay != "image")
         before = state(trainer.model)
         values = one_iteration(trainer)
         assert np.isfinite(list(values.values())).all() and values["bce"] > 0
