@@ -54,7 +54,6 @@ def one(voc_root, tmp_path_factory, teacher):
         ("incremental", 2),
         ("DKD", 2),
         pytest.param("incremental", 1, marks=pytest.mark.slow),
-        pytest.param("whole images", 2, marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_have_the_gradients_losses_and_evaluation_of_one(
@@ -67,7 +66,7 @@ def test_two_processes_have_the_gradients_losses_and_evaluation_of_one(
     first, second = two["seen"]
     assert {key: first[key] + second[key] for key in first} == one["seen"][0]
     assert first["void"] != second["void"]
-    if kind in ("incremental", "whole images"):
+    if kind == "incremental":
         assert (first.pop("draws"), second.pop("draws")) == (1, 0)
         assert all(first.values()) and all(second.values()) and all(one["losses"].values())
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-10)
