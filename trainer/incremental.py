@@ -54,7 +54,7 @@ class IncrementalStep(LaterStep):
             self.teach,
             known,
             self.config.hyperparameter.pseudo_thresh,
-            content_digest(self.previous),
+            {"teacher": content_digest(self.previous), "train": self.data.digest("train")},
             self.device,
             data.num_workers,
         )

@@ -104,17 +104,18 @@ def store_pseudo_labels(
     teach: Callable[[torch.Tensor], torch.Tensor],
     order: tuple[int, ...],
     threshold: float,
-    teacher: str,
+    made_from: dict[str, str],
     device: torch.device,
     workers: int,
 ) -> None:
     """Write what the teacher sees in each whole image as a palette PNG of class ids, <id>.png.
 
     teach: from normalised images [N, 3, h, w] to logits at stride 16; order: the class id of each
-    channel from 1 on; threshold: as in pseudo_labels; teacher: its digest. The images are shared by the
-    processes. Files that are there stay, if they are of the same teacher, threshold and size.
+    channel from 1 on; threshold: as in pseudo_labels; made_from: digests of teacher and data. The
+    images are shared by the processes. Files that are there stay, if they were made from the same, with
+    the same threshold and at the same size.
     """
-    made_from = {"teacher": teacher, "threshold": threshold, "shorter_side": images.shorter}
+    made_from = {**made_from, "threshold": threshold, "shorter_side": images.shorter}
     if rank() == 0 and read_json_object(folder / "made_from.json") != made_from:
         try:
             shutil.rmtree(folder, ignore_errors=True)
