@@ -36,7 +36,7 @@ from configs.options import Config, DataSet
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
 from data_loader.data_root import DataRoot, read_image, read_label
 from data_loader.dataset import LabelledImages, TrainDataset, normalize
-from data_loader.memory import Memory
+from data_loader.memory import Memory, beside, place_memory
 from data_loader.paste import Bank
 from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
@@ -294,6 +294,8 @@ def prepared_step(args: Namespace, number: int = 1) -> Iterator[tuple[Trainer, d
         else:
             trainer = BaseStep(config, data)
         trainer.prepare()
+        if beside(trainer.folder / "memory").is_dir():
+            place_memory(trainer.folder / "memory")
         trainer.train_mode()
         yield trainer, next(iter(make_loader(trainer.dataset, trainer.batches, 0, False)))
 
@@ -501,7 +503,7 @@ def evaluation(args: Namespace) -> list[Row]:
         config.task.name = "joint"
         data = StepData(config)
         chosen = data.select("test")[: args.eval_images]
-        data.select = lambda split: chosen
+        data.select = lambda split, step=None: chosen
         where = device()
         model = DeepLabV3(data.classes, args.backbone).to(where, memory_format=torch.channels_last)
         model.eval()
