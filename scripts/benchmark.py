@@ -397,7 +397,12 @@ def memory(args: Namespace) -> list[Row]:
     """Drawing and storing a memory, loading it, packing it on the device."""
     with prepared_step(args) as (trainer, _):
         folder, source = trainer.folder / "memory", trainer.previous.parent / "memory"
-        build = partial(trainer.data.memory, folder, source)
+
+        def build():
+            trainer.data.memory(folder, source)
+            if beside(folder).is_dir():
+                place_memory(folder)
+
         epochs = itertools.count()
 
         def views():
