@@ -410,7 +410,7 @@ def memory(args: Namespace) -> list[Row]:
 
         forget = partial(shutil.rmtree, folder, ignore_errors=True)
         stored, channels = trainer.dataset.memory, 1 + sum(trainer.data.classes[:-1])
-        size = sum(path.stat().st_size for path in stored.folder.iterdir()) / 2**20
+        size = sum(path.stat().st_size for path in folder.iterdir()) / 2**20
         title = f"{len(stored)} entries, {size:.1f} MiB on disk"
         return [
             measure(f"draw, store and load, {title}", build, args, "ms", before=forget),
