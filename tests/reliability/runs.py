@@ -5,7 +5,6 @@ imported all of it once, and train in about a second: what train_voc.py does, fr
 """
 
 import hashlib
-import json
 import multiprocessing
 import os
 import random
@@ -25,7 +24,7 @@ import torch
 from configs.options import parse_eval, parse_train
 from tests.helpers import SMALL, error_line, snapshot
 from trainer.run import evaluate_checkpoint, train
-from utils.checkpoint import read_file
+from utils.checkpoint import read_file, write_json
 from utils.distributed import launch
 from utils.errors import UserError
 
@@ -52,7 +51,7 @@ _one_at_a_time = threading.Lock()  # to start a process, and to ask for one, are
 def flags(root: Path, save_dir: Path, **changes) -> list[str]:
     """The command line of a small run; a change to None stands for a flag without a value."""
     settings = root.parent / "settings.json"
-    settings.write_text(json.dumps(SETTINGS))
+    write_json(settings, SETTINGS)  # whole, since other runs may be reading it
     given = {"config": settings, "data_root": root, "save_dir": save_dir, **SMALL, **changes}
     words = ([f"--{name}"] if v is None else [f"--{name}", str(v)] for name, v in given.items())
     return [word for pair in words for word in pair]
