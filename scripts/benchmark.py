@@ -294,10 +294,16 @@ def prepared_step(args: Namespace, number: int = 1) -> Iterator[tuple[Trainer, d
         else:
             trainer = BaseStep(config, data)
         trainer.prepare()
-        if beside(trainer.folder / "memory").is_dir():
-            place_memory(trainer.folder / "memory")
+        keep_memory(trainer)
         trainer.train_mode()
         yield trainer, next(iter(make_loader(trainer.dataset, trainer.batches, 0, False)))
+
+
+def keep_memory(trainer: Trainer) -> None:
+    """Bring a memory that was just drawn to its place, as the start of a training does."""
+    folder = trainer.folder / "memory"
+    if beside(folder).is_dir():
+        place_memory(folder)
 
 
 def iteration(trainer: Trainer, batches: Iterator[dict]) -> Work:
@@ -400,8 +406,7 @@ def memory(args: Namespace) -> list[Row]:
 
         def build():
             trainer.data.memory(folder, source)
-            if beside(folder).is_dir():
-                place_memory(folder)
+            keep_memory(trainer)
 
         epochs = itertools.count()
 

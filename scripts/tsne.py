@@ -109,8 +109,7 @@ def choose_pixels(models: list[Trained], data: StepData, wanted: int, seed: int)
         image = normalize(sample["image"][None].to(device()))
         found = []
         for model in models:
-            features = model.model.features(image)
-            logits = torch.cat([classifier(features) for classifier in model.model.cls], dim=1)
+            logits, features = model.model(image, upsample=False, with_features=True)
             found.append(features.flatten(2)[0].T[chosen].cpu().numpy())
             found.append(predict(logits).flatten()[chosen].cpu().numpy())
         rows.append((label[chosen], np.full(len(chosen), i), *found))

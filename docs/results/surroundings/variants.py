@@ -5,8 +5,8 @@ python docs/results/surroundings/variants.py grey RUN 2 -c configs/config_photog
 RUN is the folder of a run with --replay image that has reached the step, whose number is the third
 argument; what follows are flags of train_voc.py. The step starts from RUN's model of the step
 before, and replays the same images as RUN did: whole (image); whole, with their unlabelled pixels
-void (void); only the pixels of their objects, on grey (grey), with a margin of a quarter of their
-box around them (box), or on a new image (on-image).
+void (void); only the pixels of their objects, on grey (grey), so and pasted besides (paste), with a
+margin of a quarter of their box around them (box), or on a new image (on-image).
 """
 
 import os
@@ -21,6 +21,8 @@ import torch
 from configs.options import parse_train
 from data_loader.dataset import TrainDataset
 from data_loader.memory import FILL, Memory, bounding_box
+from data_loader.paste import Bank, PasteAugmentation
+from trainer.incremental import IncrementalStep
 from trainer.run import train
 from utils.distributed import launch
 from utils.visualize import VOID
@@ -73,12 +75,29 @@ def on_new_images():
     TrainDataset.__getitem__ = composed
 
 
+def with_pastes():
+    """Paste from the memory of images as EIR does from one of instances."""
+    make = IncrementalStep.training_set
+
+    def training_set(step):
+        samples = make(step)
+        bank = Bank(samples.memory, 1 + sum(step.teacher.classes), step.device)
+        crop = step.config.data.train.args.transform_args.crop_size
+        step.paste = PasteAugmentation(step.config.hyperparameter.paste, crop, bank, step.config.seed)
+        return samples
+
+    IncrementalStep.training_set = training_set
+
+
 def main() -> None:
     variant, run, step, *flags = sys.argv[1:]
     if variant == "on-image":
         on_new_images()
     else:
-        Memory.replay = {"image": whole, "void": void, "grey": grey, "box": box}[variant]
+        ways = {"image": whole, "void": void, "grey": grey, "box": box, "paste": grey}
+        Memory.replay = ways[variant]
+    if variant == "paste":
+        with_pastes()
     before = max(Path(run, f"step_{int(step) - 1}").glob("checkpoint-epoch*.pth"), key=os.path.getmtime)
     flags += ["--task_step", step, "--name", variant, "--replay", "image", "--num_workers", "0"]
     launch(train, *parse_train([*flags, "--prev_checkpoint", str(before)]))
