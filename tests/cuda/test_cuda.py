@@ -82,8 +82,9 @@ def make(voc_root, tmp_path, teacher):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_iteration_in_float32_equals_the_cpus(make, kind):
-    """Losses to 1e-4 of their value, all gradients to 1e-3 of their length, and each to 1e-2 of its own
-    or, where it is next to nothing, to 1e-5 of the longest.
+    """Losses to 1e-4 of their value (terms also to 1e-6 of the whole loss: the distillation of a model
+    that still nearly is its teacher is a difference of nearly equal logits), all gradients to 1e-3 of
+    their length, and each to 1e-2 of its own or, where it is next to nothing, to 1e-5 of the longest.
     """
     losses, gradients = [], []
     for where in WHERE:
@@ -100,7 +101,7 @@ def test_an_iteration_in_float32_equals_the_cpus(make, kind):
             trainer.train_iteration(raw_batch(trainer), meter)
             losses.append(meter.means())
             gradients.append(found)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6 * losses[1]["loss"])
     assert gradients[0].keys() == gradients[1].keys()
     lengths = {name: gradient.norm() for name, gradient in gradients[1].items()}
     apart = {name: (gradients[0][name] - gradients[1][name]).norm() for name in lengths}
