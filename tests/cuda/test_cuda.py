@@ -80,12 +80,25 @@ def make(voc_root, tmp_path, teacher):
     return prepared
 
 
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request):
+    """What the networks and losses of a test compute in."""
+    torch.set_default_dtype(request.param)
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_iteration_in_float32_equals_the_cpus(make, kind):
-    """Losses to 1e-4 of their value (terms also to 1e-6 of the whole loss: the distillation of a model
-    that still nearly is its teacher is a difference of nearly equal logits), all gradients to 1e-3 of
-    their length, and each to 1e-2 of its own or, where it is next to nothing, to 1e-5 of the longest.
+def test_an_iteration_equals_the_cpus(make, dtype, kind):
+    """In float64, losses and all gradients together to 1e-9 of their size (but for the pseudo labels of
+    whole images, which a step makes in float32).
+
+    In float32, losses to 1e-4 of their value, or terms to 1e-6 of the whole loss: distillation at the
+    start is a difference of nearly equal logits. Gradients to 2e-2: one ReLU whose input is rounded to
+    the other side of zero is seen in networks as small as these.
     """
+    if (kind, dtype) == ("whole images", torch.float64):
+        pytest.skip("its pseudo labels are made in float32")
     losses, gradients = [], []
     for where in WHERE:
         with on(where):
@@ -101,16 +114,16 @@ def test_an_iteration_in_float32_equals_the_cpus(make, kind):
             trainer.train_iteration(raw_batch(trainer), meter)
             losses.append(meter.means())
             gradients.append(found)
-    assert losses[0] == pytest.approx(losses[1], rel=1e-4, abs=1e-6 * losses[1]["loss"])
+    single = dtype == torch.float32
+    whole = losses[1]["loss"]
+    assert losses[0] == pytest.approx(
+        losses[1], rel=1e-4 if single else 1e-9, abs=1e-6 * whole * single
+    )
     assert gradients[0].keys() == gradients[1].keys()
-    lengths = {name: gradient.norm() for name, gradient in gradients[1].items()}
-    apart = {name: (gradients[0][name] - gradients[1][name]).norm() for name in lengths}
-    longest = max(lengths.values())
-    for name, length in lengths.items():
-        assert apart[name] <= 1e-2 * max(length, 1e-3 * longest), name
-    share = torch.stack([*apart.values()]).norm() / torch.stack([*lengths.values()]).norm()
+    apart = torch.stack([(gradients[0][name] - g).norm() for name, g in gradients[1].items()]).norm()
+    share = apart / torch.stack([g.norm() for g in gradients[1].values()]).norm()
     print(f"{kind}: gradients differ by {share:.1e}")
-    assert share < 1e-3
+    assert share < (2e-2 if single else 1e-9)
 
 
 @contextlib.contextmanager
