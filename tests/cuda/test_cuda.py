@@ -90,8 +90,8 @@ def dtype(request):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_iteration_equals_the_cpus(make, dtype, kind):
-    """In float64, losses and all gradients together to 1e-9 of their size (but for the pseudo labels of
-    whole images, which a step makes in float32).
+    """In float64, losses to 1e-6 and all gradients together to 1e-4 of their size: the images are
+    normalised in float32 before. (The pseudo labels of whole images are made in float32: left out.)
 
     In float32, losses to 1e-4 of their value, or terms to 1e-6 of the whole loss: distillation at the
     start is a difference of nearly equal logits. Gradients to 2e-2: one ReLU whose input is rounded to
@@ -117,13 +117,13 @@ def test_an_iteration_equals_the_cpus(make, dtype, kind):
     single = dtype == torch.float32
     whole = losses[1]["loss"]
     assert losses[0] == pytest.approx(
-        losses[1], rel=1e-4 if single else 1e-9, abs=1e-6 * whole * single
+        losses[1], rel=1e-4 if single else 1e-6, abs=1e-6 * whole * single
     )
     assert gradients[0].keys() == gradients[1].keys()
     apart = torch.stack([(gradients[0][name] - g).norm() for name, g in gradients[1].items()]).norm()
     share = apart / torch.stack([g.norm() for g in gradients[1].values()]).norm()
     print(f"{kind}: gradients differ by {share:.1e}")
-    assert share < (2e-2 if single else 1e-9)
+    assert share < (2e-2 if single else 1e-4)
 
 
 @contextlib.contextmanager
