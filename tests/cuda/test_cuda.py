@@ -90,12 +90,13 @@ def dtype(request):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_iteration_equals_the_cpus(make, dtype, kind):
-    """In float64, losses to 1e-6 and all gradients together to 1e-4 of their size: the images are
-    normalised in float32 before. (The pseudo labels of whole images are made in float32: left out.)
+    """Losses to 1e-4 of their value, all gradients to 1e-3 of their length, and each to 1e-2 of its own
+    or, where it is next to nothing, to 1e-5 of the longest. In float64, whose images are normalised in
+    float32 all the same, losses to 1e-6 and all gradients to 1e-4; but the pseudo labels of whole images
+    are made in float32.
 
-    In float32, losses to 1e-4 of their value, or terms to 1e-6 of the whole loss: distillation at the
-    start is a difference of nearly equal logits. Gradients to 2e-2: one ReLU whose input is rounded to
-    the other side of zero is seen in networks as small as these.
+    Of DKD in float32, terms also to 1e-6 of the whole loss and all gradients to 1e-2: an H100 was off by
+    6e-3 there, and by 2e-10 in float64.
     """
     if (kind, dtype) == ("whole images", torch.float64):
         pytest.skip("its pseudo labels are made in float32")
@@ -114,16 +115,20 @@ def test_an_iteration_equals_the_cpus(make, dtype, kind):
             trainer.train_iteration(raw_batch(trainer), meter)
             losses.append(meter.means())
             gradients.append(found)
-    single = dtype == torch.float32
-    whole = losses[1]["loss"]
-    assert losses[0] == pytest.approx(
-        losses[1], rel=1e-4 if single else 1e-6, abs=1e-6 * whole * single
-    )
+    bound, at_most = (1e-6, 1e-4) if dtype == torch.float64 else (1e-4, 1e-3)
+    slack = 0
+    if (kind, dtype) == ("DKD", torch.float32):
+        at_most, slack = 1e-2, 1e-6 * losses[1]["loss"]
+    assert losses[0] == pytest.approx(losses[1], rel=bound, abs=slack)
     assert gradients[0].keys() == gradients[1].keys()
-    apart = torch.stack([(gradients[0][name] - g).norm() for name, g in gradients[1].items()]).norm()
-    share = apart / torch.stack([g.norm() for g in gradients[1].values()]).norm()
+    lengths = {name: gradient.norm() for name, gradient in gradients[1].items()}
+    apart = {name: (gradients[0][name] - gradients[1][name]).norm() for name in lengths}
+    longest = max(lengths.values())
+    for name, length in lengths.items():
+        assert apart[name] <= 1e-2 * max(length, 1e-3 * longest), name
+    share = torch.stack([*apart.values()]).norm() / torch.stack([*lengths.values()]).norm()
     print(f"{kind}: gradients differ by {share:.1e}")
-    assert share < (2e-2 if single else 1e-4)
+    assert share < at_most
 
 
 @contextlib.contextmanager
