@@ -91,12 +91,11 @@ def dtype(request):
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_iteration_equals_the_cpus(make, dtype, kind):
     """Losses to 1e-4 of their value, all gradients to 1e-3 of their length, and each to 1e-2 of its own
-    or, where it is next to nothing, to 1e-5 of the longest. In float64, whose images are normalised in
-    float32 all the same, losses to 1e-6 and all gradients to 1e-4; but the pseudo labels of whole images
-    are made in float32.
+    or, where it is next to nothing, to 1e-5 of the longest.
 
-    Of DKD in float32, terms also to 1e-6 of the whole loss and all gradients to 1e-2: an H100 was off by
-    6e-3 there, and by 2e-10 in float64.
+    In float64 losses to 1e-6 and all gradients to 1e-4, since images are normalised in float32 all the
+    same. Of DKD in float32, terms also to 1e-6 of the whole loss and all gradients to 1e-2: on an H100
+    they were 6e-3 off, and 2e-10 in float64.
     """
     if (kind, dtype) == ("whole images", torch.float64):
         pytest.skip("its pseudo labels are made in float32")
