@@ -265,7 +265,9 @@ def loss(args: Namespace) -> list[Row]:
 
 
 @contextmanager
-def prepared_step(args: Namespace, number: int = 1) -> Iterator[tuple[Trainer, dict]]:
+def prepared_step(
+    args: Namespace, number: int = 1, **hyperparameter: str
+) -> Iterator[tuple[Trainer, dict]]:
     """Trainer of step `number` of a task, in training mode, and a batch of its loader.
 
     It trains on the images of --data_root, else on drawn ones of 400 to 500 px.
@@ -284,6 +286,8 @@ def prepared_step(args: Namespace, number: int = 1) -> Iterator[tuple[Trainer, d
         config.task.name, config.task.step = args.task, number
         config.arch.args.freeze_all_bn = number > 0
         config.amp_dtype = args.amp_dtype
+        for name, value in hyperparameter.items():
+            setattr(config.hyperparameter, name, value)
         data = StepData(config)
         if number:
             previous = Path(folder) / "previous.pth"
@@ -478,12 +482,27 @@ def whole_step(args: Namespace, trainer: Trainer, raw: dict, batches: Iterator[d
     return rows
 
 
-def table(args: Namespace) -> list[Row]:
+def labels(args: Namespace) -> list[Row]:
+    """An incremental iteration with the pseudo labels of whole images, beside one with those of crops."""
+    rows = []
+    for kd_mode in ("rskd", "none"):
+        with (
+            prepared_step(args, kd_mode=kd_mode) as (trainer, raw),
+            prepared_step(args, kd_mode=kd_mode, pseudo_labels="image") as (once, own),
+        ):
+            crops = f"labels of crops, --kd_mode {kd_mode}"
+            images = f"labels of images, --kd_mode {kd_mode}"
+            work = iteration(trainer, itertools.repeat(raw))
+            faster = iteration(once, itertools.repeat(own))
+            rows += compare((crops, work), (images, faster), args)
+    return rows
+
+
+def table(args: Namespace) -> Iterator[Row]:
     """Both iterations and the paste at three sizes of a batch: --batch, twice and four times that.
 
     It ends before a batch that the GPU has no memory for.
     """
-    rows = []
     with tempfile.TemporaryDirectory() as folder:
         root = args.data_root or make_synthetic_voc(Path(folder) / "voc", 32 * args.batch, 1, 400)
         for batch in (args.batch, 2 * args.batch, 4 * args.batch):
@@ -491,12 +510,12 @@ def table(args: Namespace) -> list[Row]:
             try:
                 for number in (0, 1):
                     with prepared_step(sized, number) as (trainer, raw):
-                        rows += whole_step(sized, trainer, raw, chosen_batches(sized, trainer, raw))
-                rows += paste(sized)
+                        batches = chosen_batches(sized, trainer, raw)
+                        yield from whole_step(sized, trainer, raw, batches)
+                yield from paste(sized)
             except torch.OutOfMemoryError:
                 print(f"warning: no memory for a batch of {batch}", file=sys.stderr)
                 break
-    return rows
 
 
 def evaluation(args: Namespace) -> list[Row]:
@@ -589,6 +608,7 @@ PARTS = dict(
     paste=paste,
     loss=loss,
     step=step,
+    labels=labels,
     eval=evaluation,
     scaling=scaling,
     table=table,
@@ -603,7 +623,7 @@ FLAGS = {
     "eval_images": (96, 1, "images"),
     "eval_crop": (128, 32, "crop, pixels"),
     "eval_batch": (8, 1, "images per batch"),
-    "batch": (4, 1, "images per batch of the parts memory, paste, loss, step and table"),
+    "batch": (4, 1, "images per batch of the parts memory, paste, loss, step, labels and table"),
     "crop": (128, 32, "crop of these parts, pixels"),
     "mem_size": (100, 1, "stored instances, at most"),
     "classes": (20, 2, "classes of the images drawn for the parts memory, paste, step and eval"),
@@ -629,14 +649,11 @@ def environment() -> dict[str, str]:
     }
 
 
-def format_rows(rows: list[tuple[str, Row]]) -> str:
-    """The table: a line per part and row."""
-    lines = [f"{'part':<8}{'measured':<56}{'median':>10}{'least':>10}{'most':>10}     {'MiB':>10}"]
-    for part, row in rows:
-        values = "".join(f"{value:>10.3f}" for value in row.spread().values())
-        peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
-        lines.append(f"{part:<8}{row.name:<56}{values} {row.unit:<4}{peak:>10}")
-    return "\n".join(lines)
+def format_row(part: str, row: Row) -> str:
+    """A line of the table."""
+    values = "".join(f"{value:>10.3f}" for value in row.spread().values())
+    peak = "" if row.peak_mib is None else f"{row.peak_mib:.0f}"
+    return f"{part:<8}{row.name:<56}{values} {row.unit:<4}{peak:>10}"
 
 
 def parse(argv: list[str] | None) -> Namespace:
@@ -680,11 +697,15 @@ def main(argv: list[str] | None = None) -> int:
     about = environment()
     print("\n".join(f"{key:<12} {value}" for key, value in about.items()) + "\n")
     chosen = [args.part] if args.part != "all" else [part for part in PARTS if part not in SWEEPS]
+    rows = []
+    print(f"{'part':<8}{'measured':<56}{'median':>10}{'least':>10}{'most':>10}     {'MiB':>10}")
     try:
-        rows = [(part, row) for part in chosen for row in PARTS[part](args)]
+        for part in chosen:
+            for row in PARTS[part](args):
+                rows.append((part, row))
+                print(format_row(part, row), flush=True)
     except UserError as error:
         exit_with(error)
-    print(format_rows(rows))
     if args.json:
         figures = [{"part": part, **asdict(row), **row.spread()} for part, row in rows]
         report = {**about, "flags": vars(args), "rows": figures}
