@@ -483,7 +483,7 @@ def whole_step(args: Namespace, trainer: Trainer, raw: dict, batches: Iterator[d
 
 
 def labels(args: Namespace) -> list[Row]:
-    """An incremental iteration with the pseudo labels of whole images, beside one with those of crops."""
+    """An incremental iteration with pseudo labels of whole images, beside one with those of crops."""
     rows = []
     for kd_mode in ("rskd", "none"):
         with (

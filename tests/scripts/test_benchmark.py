@@ -98,7 +98,7 @@ def test_the_table_ends_before_a_batch_that_finds_no_memory(monkeypatch, capsys)
     monkeypatch.setattr(benchmark, "chosen_batches", lambda *_: None)
     monkeypatch.setattr(benchmark, "whole_step", lambda *_: [])
     monkeypatch.setattr(benchmark, "paste", paste)
-    rows = benchmark.table(benchmark.parse(["table", *FLAGS]))
+    rows = list(benchmark.table(benchmark.parse(["table", *FLAGS])))
     assert len(rows) == 1 and "no memory for a batch of 4" in capsys.readouterr().err
 
 
