@@ -24,13 +24,14 @@ from utils.metrics import harmonic_mean
 GROUPS = {"old": "old", "new": "new", "overall": "all", "harmonic": "hIoU"}
 
 # The columns of results.csv, by what their cells hold. A number that is not known is an empty cell.
-# After these stands the IoU of each class, in the learning order of the data set.
-TEXTS = ("method", "task", "setting")
+# After these stands the IoU of each class, in the learning order of the data set. without_images names
+# the classes whose 0 is no error of the model, with "; " between; files of before this column lack it.
+TEXTS = ("method", "task", "setting", "without_images")
 INTEGERS = ("seed", "step", "val_images")
 NUMBERS = (
     *GROUPS.values(), "seconds", "peak_mib", "memory_entries", "memory_bytes", "background",
 )  # fmt: skip
-COLUMNS = (*TEXTS, *INTEGERS, *NUMBERS)
+COLUMNS = (*TEXTS[:3], *INTEGERS, *NUMBERS, "without_images")
 
 # Published results in the setting overlap, in percent: by the number of validation images (of VOC 2012
 # and of ADE20K), task and method, the hIoU and the mean IoU of all classes after the last step.
@@ -112,6 +113,7 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         **group_means(iou, task, step),
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
+        "without_images": "; ".join(metrics["Mean_Intersection_over_Union"].get("without_images", ())),
         **dict.fromkeys(config.data.dataset.classes),  # in the data set's order, not in the task's
         **iou,
     }
@@ -157,12 +159,15 @@ class Comparison:
         all steps; a method that learns all classes at once (joint) has only the last.
     unfinished: the other runs, in words.
     val_images: number of validation images; None if it differs between rows.
+    without_images: classes whose IoU is 0 through no error of a model, since no image shows them, in
+        the last step of any of the runs.
     """
 
     task: Task
     runs: dict[str, list[list[dict]]]
     unfinished: list[str]
     val_images: int | None
+    without_images: list[str]
 
     @property
     def last(self) -> int:
@@ -208,7 +213,7 @@ def _read_row(place, cells):
     """A row with its cells as texts, integers and numbers."""
     if None in cells or None in cells.values():
         raise UserError(f"{place} has more or fewer cells than the header")
-    row = {column: cells[column] for column in TEXTS}
+    row = {column: cells.get(column, "") for column in TEXTS}
     for column in [column for column in cells if column not in TEXTS]:
         try:
             row[column] = int(cells[column]) if column in INTEGERS else _number(cells[column])
@@ -226,7 +231,8 @@ def _read_rows(path):
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+            known = (*(reader.fieldnames or ()), "without_images")
+            missing = [column for column in COLUMNS if column not in known]
             if reader.fieldnames and missing:
                 raise UserError(f"{path} lacks the columns {', '.join(missing)}")
             rows = []
@@ -254,7 +260,9 @@ def _compare(task, methods):
                 runs.setdefault(method, []).append([steps[step] for step in needed])
             else:
                 unfinished.append(f"{method} seed {seed} ({len(steps)} of {total} steps)")
-    return Comparison(task, runs, unfinished, images.pop() if len(images) == 1 else None)
+    last = [steps[-1]["without_images"].split("; ") for seeds in runs.values() for steps in seeds]
+    lacking = [name for name in task.class_names(total - 1) if any(name in names for names in last)]
+    return Comparison(task, runs, unfinished, images.pop() if len(images) == 1 else None, lacking)
 
 
 def read_comparisons(path: Path) -> list[Comparison]:

@@ -128,6 +128,15 @@ class TestTable:
         assert list(table) == ["EIR"] and table["EIR"]["old"] == "50.0"
         assert "\nunfinished: EIR seed 2 (2 of 3 steps); kd, 1 seed 1 (1 of 3 steps)\n" in output
 
+    def test_classes_without_images_are_named(self, tmp_path, capsys):
+        write(tmp_path, [make_row("EIR", 1, 0, without_images="train"), *make_run()[1:]])
+        assert "no image to learn from" not in report(tmp_path, capsys)  # of another step than the last
+        rows = make_run()
+        rows[-1]["without_images"] = "train; bus"
+        assert "\nbus, train: no image" in report(write(tmp_path, rows), capsys)
+        write(tmp_path, make_run(), [column for column in COLUMNS if column != "without_images"])
+        assert "no image to learn from" not in report(tmp_path, capsys)  # a file of before the column
+
     def test_nothing_finished_is_no_table_and_no_figure(self, tmp_path, capsys):
         write(tmp_path, make_run()[:2])
         output = report(tmp_path, capsys)

@@ -522,13 +522,14 @@ class TestRow:
     def test_joint_training_without_a_log(self, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path, task_name="joint", name="joint-seed7", seed=7)
         config.step_dir().mkdir(parents=True)
-        metrics = {"Mean_Intersection_over_Union": {"by_class": IOU}}
+        metrics = {"Mean_Intersection_over_Union": {"by_class": IOU, "without_images": ["bus", "cow"]}}
         (config.step_dir() / "metrics.json").write_text(json.dumps(metrics))
         task = get_task("15-1_b", "overlap")
         found = row("joint", task, 7, config)
         assert set(found) <= {*COLUMNS, *CLASS_NAMES} and "seconds" not in found
         assert [name for name in found if name in CLASS_NAMES[1:]] == list(CLASS_NAMES[1:])
         assert (found["task"], found["step"], found["seed"]) == ("15-1_b", 5, 7)
+        assert found["without_images"] == "bus; cow"
         groups = {column: found[column] for column in GROUPS}
         assert groups == pytest.approx(self.expected(task.order, 15, 20))
         assert {name: found[name] for name in CLASS_NAMES} == IOU
