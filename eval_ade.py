@@ -2,9 +2,11 @@
 configuration beside the checkpoint too.
 """
 
-from configs.options import parse_eval
+import sys
+
+from configs.options import CONFIGS, parse_eval
 from trainer.run import evaluate_checkpoint
 from utils.distributed import launch
 
 if __name__ == "__main__":
-    launch(evaluate_checkpoint, *parse_eval())
+    launch(evaluate_checkpoint, *parse_eval(sys.argv[1:], CONFIGS / "config_ade.json", "eval_ade.py"))

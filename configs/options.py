@@ -6,6 +6,7 @@ reads JSON files and command lines by that, writes the help, and compares two co
 
 import os
 import sys
+from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -729,18 +730,27 @@ def load_config(path: str | Path) -> tuple[Config, list[str]]:
 
 
 def parse_train(
-    arguments: list[str] | None = None, default: Path = DEFAULT_CONFIG
+    arguments: list[str] | None = None,
+    default: Path = DEFAULT_CONFIG,
+    program: str = "train_voc.py",
 ) -> tuple[Config, TrainCall]:
     """Configuration and request of a call of train_voc.py; bad input ends the process.
 
-    default: the configuration file where the call names none.
+    default: the configuration file where the call names none; program: what the help calls it.
     """
-    return _or_exit(lambda given: read_train(given, default), arguments)
+    return _or_exit(lambda given: read_train(given, default, program), arguments)
 
 
-def parse_eval(arguments: list[str] | None = None) -> tuple[Config, EvalCall]:
-    """Configuration and request of a call of eval_voc.py; bad input ends the process."""
-    return _or_exit(read_eval, arguments)
+def parse_eval(
+    arguments: list[str] | None = None,
+    default: Path = DEFAULT_CONFIG,
+    program: str = "eval_voc.py",
+) -> tuple[Config, EvalCall]:
+    """Configuration and request of a call of eval_voc.py; bad input ends the process.
+
+    default: the configuration that the help shows; program: what it calls itself.
+    """
+    return _or_exit(lambda given: read_eval(given, default, program), arguments)
 
 
 def _or_exit(read, arguments):
@@ -752,13 +762,24 @@ def _or_exit(read, arguments):
         exit_with(error)
 
 
-def read_train(arguments: list[str], default: Path = DEFAULT_CONFIG) -> tuple[Config, TrainCall]:
+TRAINING = """Train one step of a continual task, then test it.
+
+python {program} --task_name {task} --task_step 0
+python {program} --task_name {task} --task_step 1 --lr {lr:g} --freeze_bn
+"""
+EVALUATION = """Evaluate a checkpoint on the test images of its step.
+
+python {program} -r {step_1}/checkpoint-epoch{epochs}.pth
+"""
+
+
+def read_train(
+    arguments: list[str], default: Path = DEFAULT_CONFIG, program: str = "train_voc.py"
+) -> tuple[Config, TrainCall]:
     """As parse_train, but bad input raises UserError and no device is selected."""
     config, ignored = load_config(_given("--config", arguments) or default)
     call = TrainCall(ignored=ignored)
-    parsed = _read(
-        arguments, config, call, "train_voc.py", "Train one step of a continual task, then test it."
-    )
+    parsed = _read(arguments, config, call, program, TRAINING)
     if call.test:
         named = call.resume not in (None, "auto")  # else the checkpoint is looked for in its own folder
         own_folder = set() if named else {"name", "trainer.save_dir"}
@@ -792,7 +813,9 @@ def _check_dkd(config):
         )
 
 
-def read_eval(arguments: list[str]) -> tuple[Config, EvalCall]:
+def read_eval(
+    arguments: list[str], default: Path = DEFAULT_CONFIG, program: str = "eval_voc.py"
+) -> tuple[Config, EvalCall]:
     """As parse_eval, but bad input raises UserError and no device is selected."""
     given, checkpoint = _given("--config", arguments), _given("--resume", arguments)
     wants_help = {"-h", "--help"} & set(arguments)
@@ -804,13 +827,11 @@ def read_eval(arguments: list[str]) -> tuple[Config, EvalCall]:
         if not (Path(checkpoint).parent / "config.json").is_file():
             raise UserError(f"no config.json beside {checkpoint}: give the configuration with -c")
         given = Path(checkpoint).parent / "config.json"
-    config, ignored = load_config(given or DEFAULT_CONFIG)
+    config, ignored = load_config(given or default)
     if not _given("--config", arguments):  # how the training was started is not how this is
         config.rank, config.world_size, config.dist_url = 0, 1, None
     call = EvalCall(ignored=ignored)
-    parsed = _read(
-        arguments, config, call, "eval_voc.py", "Evaluate a checkpoint on its step's test images."
-    )
+    parsed = _read(arguments, config, call, program, EVALUATION)
     call.unused += _only_in_training(config, parsed, EVALUATED)
     if not call.resume:
         raise UserError("give the checkpoint to evaluate with -r FILE")
@@ -834,9 +855,20 @@ def _given(flag, arguments):
     return getattr(parser.parse_known_args(words)[0], flag.strip("-"), None)
 
 
-def _read(arguments, config, call, program, description):
-    """Write the flags that were given into the configuration and the call; returns them."""
-    parser = Parser(program, description)
+def _read(arguments, config, call, program, about):
+    """Write the flags that were given into the configuration and the call; returns them.
+
+    about: the beginning of the help, its examples filled with what the configuration has.
+    """
+    described = about.format(
+        program=program,
+        task=config.task.name,
+        lr=config.optimizer.args.lr / 10,  # as in the paper
+        step_1=config.step_dir(1),
+        epochs=config.trainer.epochs,
+    )
+    parser = Parser(program, described)
+    parser.formatter_class = RawDescriptionHelpFormatter
     for target in (call, config):
         add_flags(parser, target)
     parsed = parser.parse_args(arguments)

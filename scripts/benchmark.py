@@ -1,5 +1,8 @@
 """Measure where the time goes: warm-up, repeats, median and spread, memory taken.
 
+python scripts/benchmark.py step --backbone resnet50 --crop 128
+python scripts/benchmark.py all --json figures.json
+
 A part is a function from the flags to rows; it stands in PARTS, its sizes in FLAGS.
 """
 
@@ -16,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import timeit
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -42,6 +45,7 @@ from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
 from models.deeplabv3 import DeepLabV3, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
+from scripts.command_line import Parser
 from scripts.make_synthetic_voc import make_synthetic_voc
 from scripts.plain import Pasted, plain_bce, plain_distillation, plain_paste, plain_soft_labels
 from trainer.base import Batch, Trainer
@@ -658,7 +662,7 @@ def format_row(part: str, row: Row) -> str:
 
 def parse(argv: list[str] | None) -> Namespace:
     """The flags; a value that no part can use ends the program with a line that says so."""
-    parser = ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling and table")
     parser.add_argument("--data_root", help="a VOC 2012 folder (else images are drawn)")
     parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")

@@ -3,7 +3,17 @@
 # three steps of 10-5 with EIR and, from the same step 0, by fine-tuning; draws a sheet of EIR's
 # composites, and ends with the two side by side: tables, and figures of IoU over steps.
 # What was interrupted goes on, what is finished stays; delete _saved_synthetic to train anew.
+#   bash scripts/demo.sh
 set -euo pipefail
+
+case "${1:-}" in -h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit ;;
+esac
+if [ $# -gt 0 ]; then
+    echo "error: demo.sh takes no arguments, such as $1 (--help says what it does)" >&2
+    exit 2
+fi
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 DATA=data/synthetic

@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.options import Config
 from data_loader.dataset import MEAN, STD
 from models.deeplabv3 import DeepLabV3
+from scripts.command_line import Parser
 from trainer.trained import Trained, add_flags, read_trained
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint, write_atomically
 from utils.distributed import launch
@@ -165,9 +166,7 @@ WRITERS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_flags(parser)
     parser.add_argument(
         "--output", type=Path, required=True, help="FILE.safetensors, FILE.pth or FILE.onnx"

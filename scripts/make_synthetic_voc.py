@@ -18,7 +18,6 @@ and comparisons, for which IEEE 754 leaves no choice of rounding. `Generator.uni
 and sums over arrays are left out on purpose: compilers and SIMD units may round them differently.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.options import DataSet
 from data_loader.data_root import read_lines
+from scripts.command_line import Parser
 from utils.errors import UserError
 from utils.visualize import VOID, label_image
 
@@ -316,9 +316,7 @@ def label_files(root: Path, split: str) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="new or empty folder")
     parser.add_argument("--train", type=int, default=700, help="training images (%(default)s)")
     parser.add_argument("--val", type=int, default=150, help="validation images (%(default)s)")

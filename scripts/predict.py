@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.options import Config
 from data_loader.data_root import DataRoot, check_photograph, read_label, reading
+from scripts.command_line import Parser
 from trainer.evaluate import predictions
 from trainer.trained import Trained, add_flags, read_trained
 from utils.checkpoint import write_atomically
@@ -168,9 +169,7 @@ def write(path: Path, picture: Image.Image) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_flags(parser, nargs="+")
     parser.add_argument("--input", type=Path, required=True, help="a photograph, or a folder of them")
     parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")

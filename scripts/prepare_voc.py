@@ -10,7 +10,6 @@ that was stopped goes on with the same command. (Labels in colour are converted;
 in ROOT/labels_in_colour.) The exit code is 0 if training can start, and 2 if not.
 """
 
-import argparse
 import collections
 import functools
 import io
@@ -45,6 +44,7 @@ from data_loader.data_root import (
     read_lines,
     reading,
 )
+from scripts.command_line import Parser
 from utils.checkpoint import locked, write_atomically
 from utils.distributed import loader_processes
 from utils.errors import UserError, exit_with, explained
@@ -383,9 +383,7 @@ def check(root: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--root", required=True, help="the VOC 2012 folder, made if it does not exist")
     parser.add_argument("--archives", help="folder of the archives (ROOT/archives)")
     parser.add_argument("--check", action="store_true", help="check only: nothing is written")

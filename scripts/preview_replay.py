@@ -1,10 +1,12 @@
 """A sheet of real training composites of a step t >= 1, to see what EIR does to its images.
 
-python scripts/preview_replay.py --output preview.png [--images 6] [--epoch 1] [flags of train_voc.py]
+python scripts/preview_replay.py --output preview.png --task_name 15-1 --task_step 1
+python scripts/preview_replay.py --output preview.png -c RUN/step_2/config.json --images 10
+
 Columns: the image, its labels, with pseudo labels, with pasted instances, the pastes' label weight.
+The step itself need not be trained, but the one before it is.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -16,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.options import parse_train
 from data_loader.data_loaders import StepData
 from data_loader.dataset import MEAN, STD
+from scripts.command_line import Parser
 from trainer.incremental import IncrementalStep
 from trainer.output import previous_checkpoint
 from utils.distributed import launch
@@ -89,11 +92,7 @@ def photograph(image: torch.Tensor) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="further flags are those of train_voc.py",
-        allow_abbrev=False,
-    )
+    parser = Parser(__doc__, epilog="further flags are those of train_voc.py")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")
     parser.add_argument("--images", type=int, default=6, help="composites, half of them replay images")
     parser.add_argument("--epoch", type=int, default=1, help="epoch whose randomness is shown")

@@ -4,7 +4,6 @@ python scripts/report.py _saved_voc/models/overlap_5-3_EIR
 python scripts/report.py _saved_experiments/methods
 """
 
-import argparse
 import json
 import sys
 import textwrap
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.options import load_config
 from data_loader.tasks import get_task
+from scripts.command_line import Parser
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
 from utils.errors import UserError, exit_with
 from utils.metrics import FOOTNOTE
@@ -305,7 +305,7 @@ def report_experiments(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument(
         "folder", type=Path, help="of a run (step_0, ...) or of experiments (results.csv)"
     )

@@ -16,7 +16,6 @@ with other --jobs, or after an interruption.
 The folder of the runs is locked against a second process, where the system has such locks.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -38,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.options import Config, load_config, read_train
 from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
+from scripts.command_line import Parser
 from scripts.results import row, write_results
 from scripts.status import duration
 from trainer.output import is_finished
@@ -456,7 +456,7 @@ def _main(arguments):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument("experiment", type=Path, help="JSON file; configs/experiments has some")
     parser.add_argument("--save_dir", help="folder of the runs, instead of the experiment's")
     parser.add_argument(

@@ -4,7 +4,6 @@ python scripts/show_splits.py --data_root data/VOC2012 --task_name 15-1
 python scripts/show_splits.py -c configs/config_ade.json --task_name 100-10 --json
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,6 +14,7 @@ from configs.options import DEFAULT_CONFIG, load_config
 from data_loader.data_loaders import cores
 from data_loader.data_root import DataRoot
 from data_loader.tasks import SETTINGS, Task, get_task
+from scripts.command_line import Parser
 from utils.errors import UserError, exit_with
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}  # split -> the list it is chosen from
@@ -65,9 +65,7 @@ def format_table(task: Task, steps: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     of_it = "(that of the configuration)"
     parser.add_argument("-c", "--config", default=DEFAULT_CONFIG, help="JSON configuration of the data")
     parser.add_argument("--data_root", help=f"folder of the data set {of_it}")

@@ -3,7 +3,6 @@
 python scripts/status.py _saved_voc
 """
 
-import argparse
 import json
 import sys
 import time
@@ -13,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from configs.options import Config, load_config
 from data_loader.tasks import get_task
+from scripts.command_line import Parser
 from trainer.output import has_results
 from utils.checkpoint import read_json_object
 from utils.errors import UserError, exit_with
@@ -73,9 +73,7 @@ def describe_run(run: Path, now: float) -> list[str]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("save_dir", type=Path, help="the --save_dir of the runs")
     save_dir = parser.parse_args(argv).save_dir
     try:

@@ -1,6 +1,13 @@
 #!/usr/bin/env bash
-# The checks and the fast tests, on all cores; with arguments these go to pytest: scripts/test.sh -m slow
+# The checks and the fast tests, on all cores; with arguments these go to pytest.
+#   bash scripts/test.sh
+#   bash scripts/test.sh -m slow tests/reliability
 set -euo pipefail
+
+case "${1:-}" in -h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit ;;
+esac
 WITH_DEV=1
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

@@ -8,6 +8,10 @@
 # number, or "evaluation" (see scripts/train_voc.slurm). The report is the first node's.
 set -euo pipefail
 
+case "${1:-}" in -h | --help)
+    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
+    exit ;;
+esac
 if [ $# -lt 2 ]; then
     echo "error: give task and setting, such as: bash scripts/train_voc.sh 5-3 overlap" >&2
     exit 2

@@ -28,6 +28,7 @@ from configs.options import Config
 from data_loader.data_loaders import StepData
 from data_loader.dataset import normalize
 from models.deeplabv3 import predict
+from scripts.command_line import Parser
 from trainer.trained import Trained, add_flags, read_trained
 from utils.checkpoint import write_atomically
 from utils.distributed import device, launch
@@ -170,9 +171,7 @@ def plot(file, pixels: Pixels, places: list[np.ndarray], titles: list[str], mode
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_flags(parser, nargs="+")
     parser.add_argument("--data_root", help="folder of the data set (that of the configuration)")
     parser.add_argument("--output", type=Path, required=True, help="PNG to write")

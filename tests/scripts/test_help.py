@@ -1,0 +1,97 @@
+"""The help of every entry point, and what each says to flags that it does not have."""
+
+import importlib
+import re
+import shlex
+import subprocess
+
+import pytest
+
+from configs.options import read_eval, read_train
+from scripts.command_line import Parser
+from tests.helpers import PROJECT, error_line, run_script
+
+ENTRY_POINTS = [
+    path.relative_to(PROJECT).as_posix()
+    for path in sorted([*PROJECT.glob("*.py"), *PROJECT.glob("scripts/*.py")])
+    if 'if __name__ == "__main__":' in path.read_text()
+]
+SCRIPTS = [name for name in ENTRY_POINTS if name.startswith("scripts/")]
+
+
+class Parsed(Exception):
+    """Raised in place of what a script does with its flags."""
+
+
+@pytest.fixture
+def parse(monkeypatch):
+    """Let a script read a command line, and nothing else."""
+    read = Parser.parse_known_args
+
+    def stop(self, *arguments):
+        raise Parsed(read(self, *arguments)[1])
+
+    def call(script, arguments):
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        monkeypatch.setattr("sys.argv", [script, *arguments])
+        monkeypatch.setattr(Parser, "parse_known_args", stop)
+        with pytest.raises(Parsed) as parsed:
+            module.main()
+        return parsed.value.args[0]
+
+    return call
+
+
+def examples(text, script):
+    """The arguments of each example in a help."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(line)[2:] for line in lines if line.strip().startswith(f"python {script} ")]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_scripts_help_has_examples_of_flags_that_it_knows(script, parse):
+    help_of_it = importlib.import_module(script.removesuffix(".py").replace("/", ".")).__doc__
+    found = examples(help_of_it, script)
+    assert found
+    for arguments in found:
+        rest = parse(script, arguments)
+        if script == "scripts/preview_replay.py":  # further flags are those of train_voc.py
+            read_train([word for word in rest if word != "-c" and not word.endswith(".json")])
+        else:
+            assert not rest
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS)
+def test_help_and_wrong_use_of_each_entry_point(script):
+    result = run_script(script, "--help")
+    assert result.returncode == 0 and result.stdout.startswith(f"usage: {script.split('/')[-1]} ")
+    found = examples(result.stdout, script)
+    assert found
+    if script.startswith("train"):
+        assert [read_train(arguments)[0].task.step for arguments in found] == [0, 1]
+    if script.startswith("eval"):
+        assert [flag for flag, _ in found] == ["-r"]
+        with pytest.raises(Exception, match="no checkpoint at"):
+            read_eval(found[0])
+    wrong = ("-r", "x.pth", "-c", "configs/config_voc.json") if script.startswith("eval") else ()
+    line = error_line(run_script(script, *wrong, "--no_such_flag"))
+    assert line.endswith(f"({script.split('/')[-1]} --help lists the flags)")
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "test.sh", "train_voc.sh"])
+def test_help_of_the_shell_scripts(script):
+    result = subprocess.run(
+        ["bash", f"scripts/{script}", "--help"], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert result.returncode == 0 and result.stderr == ""
+    assert re.search(rf"^ +bash scripts/{script}", result.stdout, re.MULTILINE)
+    assert "#" not in result.stdout and "set -e" not in result.stdout
+
+
+@pytest.mark.parametrize("script", ["demo.sh", "train_voc.sh"])
+def test_wrong_use_of_the_shell_scripts(script):
+    result = subprocess.run(
+        ["bash", f"scripts/{script}", "wrong"], cwd=PROJECT, capture_output=True, text=True
+    )
+    assert result.returncode == 2 and len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("error: ")
