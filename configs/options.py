@@ -23,7 +23,7 @@ from utils.config import (
     without_effect,
 )
 from utils.distributed import select_devices
-from utils.errors import UserError, exit_with
+from utils.errors import UserError, exit_with, explained
 from utils.metrics import METRICS
 
 # The options that an evaluation makes use of; all others were of interest to the training.
@@ -80,6 +80,8 @@ def _no_folder_name(name):
 
 
 def _no_path(path):
+    if not path:
+        return "give a path, . for the folder of the call"
     if not path.isprintable():
         return "a path must be printable, in one line"
     try:
@@ -105,8 +107,12 @@ def _no_classes(classes):
 
 def _no_patterns(patterns):
     """What keeps a list from being where the labels of images are."""
-    if not patterns or not all(type(p) is str and p.count("{}") == 1 for p in patterns):
+    if not patterns or not all(type(p) is str and _is_pattern(p) for p in patterns):
         return "give paths in which {} stands for the id, such as SegmentationClass/{}.png"
+
+
+def _is_pattern(text):
+    return "{}" in text and text.count("{") == text.count("}") == 1 and text.isprintable()
 
 
 def _no_pattern(pattern):
@@ -114,7 +120,7 @@ def _no_pattern(pattern):
 
 
 def _no_folders(folders):
-    if not folders or not all(type(folder) is str for folder in folders):
+    if not folders or not all(type(folder) is str and folder.isprintable() for folder in folders):
         return 'give a list of folders, "" for the data root itself'
 
 
@@ -202,6 +208,7 @@ class ArchArgs:
         "file with the backbone's ImageNet weights, or 'none' to start from scratch; "
         "without it torchvision downloads them",
         "--backbone_weights",
+        complain=_no_path,
         used=AT_STEP_0,
     )
     freeze_all_bn: bool = option(
@@ -300,7 +307,10 @@ class TaskArgs:
         choices=("overlap", "disjoint", "sequential"),
     )
     idxs_path: str | None = option(
-        None, "folder for the cached label index (default: inside the data root)", incidental=True
+        None,
+        "folder for the cached label index (default: inside the data root)",
+        complain=_no_path,
+        incidental=True,
     )
 
 
@@ -679,7 +689,7 @@ class Call:
 
     config: str | None = option(
         None, f"JSON configuration (train: {DEFAULT_CONFIG.name}; eval: beside the checkpoint)",
-        ("-c", "--config"),
+        ("-c", "--config"), complain=_no_path,
     )  # fmt: skip
     device: str | None = option(
         None,
@@ -700,12 +710,16 @@ class TrainCall(Call):
         None,
         "go on from this checkpoint; 'auto': from the step's last one, if there is one",
         ("-r", "--resume"),
+        complain=_no_path,
     )
     overwrite: bool = option(
         False, "train the step anew, replacing its output", "--overwrite", switch=True
     )
     prev_checkpoint: str | None = option(
-        None, "start step t >= 1 from this model instead of step t-1's own output", "--prev_checkpoint"
+        None,
+        "start step t >= 1 from this model instead of step t-1's own output",
+        "--prev_checkpoint",
+        complain=_no_path,
     )
 
 
@@ -713,8 +727,10 @@ class TrainCall(Call):
 class EvalCall(Call):
     """A call of eval_voc.py."""
 
-    resume: str | None = option(None, "checkpoint to evaluate", ("-r", "--resume"))
-    output: str | None = option(None, "write the numbers to this JSON file", "--output")
+    resume: str | None = option(None, "checkpoint to evaluate", ("-r", "--resume"), complain=_no_path)
+    output: str | None = option(
+        None, "write the numbers to this JSON file", "--output", complain=_no_path
+    )
     score: float = option(
         0.5, "sigmoid score that a prediction asks for, else it is background", "--score",
         low=0, high=1,
@@ -758,8 +774,8 @@ def _or_exit(read, arguments):
         config, call = read(sys.argv[1:] if arguments is None else arguments)
         select_devices(call.device)
         return config, call
-    except UserError as error:
-        exit_with(error)
+    except (UserError, OSError) as error:
+        exit_with(explained(error))
 
 
 TRAINING = """Train one step of a continual task, then test it.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet50, resnet101
 
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import check_weight, read_checkpoint
 from utils.errors import UserError
 
 RESNETS = {
@@ -125,9 +125,10 @@ def imagenet_weights(backbone: str, file: str | Path | None = None) -> dict[str,
     wrong = [key for key in wrong if not key.endswith("num_batches_tracked")]
     if wrong:
         raise UserError(f"{file} holds no weights of {backbone}: {wrong[0]} is missing or differs")
-    not_finite = [key for key, value in state.items() if not value.isfinite().all()]
-    if not_finite:
-        raise UserError(f"{file} holds weights that are not finite: {not_finite[0]}")
+    for key, value in state.items():
+        check_weight(key, value, file)
+        if not value.is_floating_point() and not key.endswith("num_batches_tracked"):
+            raise UserError(f"{file} holds {key} as {value.dtype}, which no weight of {backbone} is")
     counts = {key: torch.tensor(0) for key in shapes if key.endswith("num_batches_tracked")}
     state = {**counts, **state}
     if not backbone.startswith(TIMM):

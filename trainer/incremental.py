@@ -48,7 +48,7 @@ class IncrementalStep(LaterStep):
         """Pseudo labels of all whole images of a training set, stored in the step's folder."""
         folder, data, task = self.folder / "pseudo_labels", self.config.data, self.data.task
         known = task.seen(self.data.step - 1)
-        store_pseudo_labels(
+        written = store_pseudo_labels(
             folder,
             WholeImages(dataset, data.train.args.transform_args.crop_size),
             self.teach,
@@ -58,7 +58,7 @@ class IncrementalStep(LaterStep):
             self.device,
             data.num_workers,
         )
-        return ImageLabels(folder, task.label_table(known))
+        return ImageLabels(written, task.label_table(known))
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         settings = self.config.hyperparameter

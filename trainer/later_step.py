@@ -20,7 +20,7 @@ class LaterStep(Trainer):
         self.teacher, checkpoint = read_model(self.previous, self.data, backbone, before)
         self.before = checkpoint.get("made_from") or {}
         # whether cls.0 may be DKD's auxiliary classifier, which says nothing of the background
-        self.auxiliary = checkpoint.get("format") != "eir-1" or checkpoint.get("ac", 0) > 0
+        self.auxiliary = checkpoint.get("format") != "eir-1" or checkpoint.get("ac", 0) != 0
         self.teacher.eval().requires_grad_(False)
         self.teacher.to(self.device, memory_format=torch.channels_last)
         if fresh:

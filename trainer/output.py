@@ -4,12 +4,15 @@ config.json          the settings
 made_from.json       digests of the model before and of the memory, and how large a batch is; once
                      the step is finished, also digests of its own model and of its results
 memory/              the memory that the step replays (data_loader/memory.py)
+pseudo_labels/       what the teacher sees in each whole image (--pseudo_labels image)
 last.pth             checkpoint of the latest epoch, to resume from
 model_best.pth       checkpoint of the best validation, if a value is monitored
 checkpoint-epoch<E>.pth   the final checkpoint, and those that save_period asks for
 metrics.json         the test results; written last, it marks the step as finished
 """
 
+import math
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +26,7 @@ from data_loader.memory import beside, place_memory, read_memory, remove_memory
 from data_loader.tasks import Task
 from models.deeplabv3 import DeepLabV3
 from trainer.evaluate import evaluate
+from trainer.pseudo_labels import place_pseudo_labels
 from trainer.setup import bn_images
 from utils.checkpoint import (
     content_digest,
@@ -47,6 +51,22 @@ if TYPE_CHECKING:
 
 
 # Before training: what is there.
+
+
+def check_places(config: Config) -> None:
+    """Raise UserError where a folder lies in place of a file that a step writes, or the other way
+    round: found only when it is written, that would be after the old output is gone.
+    """
+    folder, logs = config.step_dir(), config.step_dir(kind="log")
+    names = (".lock", "config.json", "made_from.json", "metrics.json", "last.pth", "model_best.pth")
+    files = [*(folder / name for name in names), *folder.glob("checkpoint-epoch*.pth")]
+    for path in (*files, logs / "log.txt", logs / "metrics.jsonl"):
+        if path.is_dir():
+            raise UserError(f"{path} is a folder: move it away, the step has a file of that name")
+    for path in (folder / "memory", folder / "pseudo_labels"):
+        for place in (path, beside(path)):
+            if os.path.lexists(place) and not place.is_dir():
+                raise UserError(f"{place} is no folder: move it away, the step has one of that name")
 
 
 def _record(folder):
@@ -220,8 +240,12 @@ def read_model(path: Path, data: StepData, backbone: str, step: int) -> tuple[De
 
 def make_model(content: dict, path: Path, task: Task, backbone: str, step: int) -> DeepLabV3:
     """The model of a step of a task, from the content of the checkpoint at path; errors as above."""
-    order = content.get("order")
-    if order is not None and order != list(task.order[: len(order)]):
+    order, known = content.get("order"), content.get("made_from", {})
+    if not isinstance(known, dict) or not isinstance(known.get("settings", {}), dict):
+        raise UserError(f"{path} is damaged: what it was made from is no record")
+    if order is not None and not isinstance(order, (list, tuple)):
+        raise UserError(f"{path} is damaged: its order of classes is no list")
+    if order is not None and [*order] != list(task.order[: len(order)]):
         raise UserError(f"{path} learned other classes than {task.name} has there, or in another order")
     model = DeepLabV3([len(classes) for classes in task.steps[: step + 1]], backbone)
     load_weights(model, content["state_dict"], path)
@@ -232,8 +256,17 @@ def begin(trainer: "Trainer") -> None:
     """Start to write: from here on the step is unfinished. Old output goes, unless it is resumed.
 
     The trainer is prepared: nothing that it was asked for is refused any more. The memory stays, unless
-    another one was drawn: a run that was killed after drawing it goes on with it.
+    another one was drawn: a run that was killed after drawing it goes on with it. So do pseudo labels.
+    To be called by all processes, of which the first one writes.
     """
+    if rank() == 0:
+        _begin(trainer)
+    barrier()
+    if trainer.dataset.pseudo:
+        trainer.dataset.pseudo.folder = trainer.folder / "pseudo_labels"
+
+
+def _begin(trainer):
     config, folder, memory = trainer.config, trainer.folder, trainer.dataset.memory
     # what marks the step as finished goes first: a kill in between leaves an unfinished step
     (folder / "metrics.json").unlink(missing_ok=True)
@@ -241,6 +274,8 @@ def begin(trainer: "Trainer") -> None:
         remove_memory(folder / "memory")
     if memory and memory.folder != folder / "memory":
         place_memory(folder / "memory")
+    if trainer.dataset.pseudo and trainer.dataset.pseudo.folder != folder / "pseudo_labels":
+        place_pseudo_labels(folder / "pseudo_labels")
     if not trainer.resume:
         for pattern in ("last.pth", "model_best.pth", "checkpoint-epoch*.pth", "made_from.json"):
             for path in folder.glob(pattern):
@@ -358,31 +393,64 @@ def restore(trainer: "Trainer", content: dict, path: Path) -> None:
             if key in old and old[key] != new[key]:
                 reason = reason.format(**{**old, "old": old[key], "new": new[key]})
                 raise UserError(f"{path} cannot be resumed from: {reason}")
-        iterations = content["lr_scheduler"]["total_iters"]
-        if iterations != trainer.scheduler.total_iters:
-            raise ValueError(
-                f"its schedule has {iterations} iterations, this run's {trainer.scheduler.total_iters}"
-            )
         if type(content["epoch"]) is not int:
             raise ValueError(f"its epoch is {content['epoch']!r}")
         if not 0 <= content["epoch"] <= trainer.config.trainer.epochs:
             raise ValueError(f"it is at epoch {content['epoch']} already")
-        trainer.optimizer.load_state_dict(content["optimizer"])
-        for parameter, state in trainer.optimizer.state.items():
-            if any(torch.is_tensor(v) and v.shape != parameter.shape for v in state.values()):
-                raise ValueError("a momentum has another shape than its parameter")
-        trainer.scheduler.load_state_dict(content["lr_scheduler"])
+        _restore_optimizer(trainer.optimizer, content["optimizer"])
+        _restore_schedule(trainer, content["lr_scheduler"], content["epoch"] * len(trainer.batches))
         if trainer.scaler.is_enabled() and content["scaler"]:
             trainer.scaler.load_state_dict(content["scaler"])
         trainer.epoch = content["epoch"]
         if not trainer.config.trainer.reset_best_mnt:
-            trainer.validation.best, trainer.validation.stale = content["best"], content["stale"]
-    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            best, stale = content["best"], content["stale"]
+            if type(stale) is not int or not isinstance(best, (float, type(None))):
+                raise ValueError(f"its best validation is {best!r}, {stale!r} validations ago")
+            trainer.validation.best, trainer.validation.stale = best, stale
+    except (ArithmeticError, LookupError, AttributeError, RuntimeError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} cannot be resumed from: its training state does not fit ({error}); "
             "--overwrite trains the step anew"
         ) from None
     log.info(f"resumed after epoch {trainer.epoch} from {path}")
+
+
+def _restore_optimizer(optimizer, state):
+    """Momentum and learning rates from a checkpoint, all else of the optimiser from the settings.
+
+    ValueError where a momentum is none of its parameter.
+    """
+    own = dict(optimizer.state)
+    groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, settings in zip(optimizer.param_groups, groups, strict=True):
+        group.update(settings)
+    for parameter, buffers in own.items():
+        found = optimizer.state[parameter].get("momentum_buffer")
+        if not torch.is_tensor(found) or found.shape != parameter.shape:
+            raise ValueError("a momentum has another shape than its parameter, or is missing")
+        if not found.isfinite().all():
+            raise ValueError("a momentum is not finite")
+        buffers["momentum_buffer"].copy_(found)
+        optimizer.state[parameter] = buffers
+
+
+def _restore_schedule(trainer, state, done):
+    """The schedule after so many iterations; ValueError where the checkpoint's is elsewhere."""
+    scheduler = trainer.scheduler
+    if state["total_iters"] != scheduler.total_iters:
+        raise ValueError(
+            f"its schedule has {state['total_iters']} iterations, this run's {scheduler.total_iters}"
+        )
+    if state["last_epoch"] != done:
+        raise ValueError(f"its schedule is at iteration {state['last_epoch']}, its weights at {done}")
+    rates = [group["lr"] for group in trainer.optimizer.param_groups]
+    left = (1 - done / scheduler.total_iters) ** scheduler.power
+    for rate, base in zip(rates, scheduler.base_lrs, strict=True):
+        if not math.isclose(rate, base * left, rel_tol=1e-5, abs_tol=1e-12):
+            raise ValueError(f"its learning rate is {rate}, where the schedule has {base * left}")
+    place = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
+    scheduler.load_state_dict({**scheduler.state_dict(), **place})
 
 
 def save(trainer: "Trainer", improved: bool) -> None:

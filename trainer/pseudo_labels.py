@@ -1,6 +1,7 @@
 """What the teacher believes the background of new images to be (METHOD 5, 1)."""
 
 import io
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 from data_loader.data_loaders import EvalBatches, make_loader
 from data_loader.data_root import read_label
 from data_loader.dataset import TrainDataset, normalize
+from data_loader.memory import beside
 from data_loader.transforms import BILINEAR
 from models.deeplabv3 import upsample_logits
 from utils.checkpoint import cannot_write, read_json_object, write_atomically, write_json
@@ -107,15 +109,21 @@ def store_pseudo_labels(
     made_from: dict[str, str],
     device: torch.device,
     workers: int,
-) -> None:
+) -> Path:
     """Write what the teacher sees in each whole image as a palette PNG of class ids, <id>.png.
+
+    Returns where they are: in the folder, if it has those that were made from the same, with the same
+    threshold and at the same size, of which each file stays; else beside it, where
+    `place_pseudo_labels` can take them from, and where another call goes on with them.
 
     teach: from normalised images [N, 3, h, w] to logits at stride 16; order: the class id of each
     channel from 1 on; threshold: as in pseudo_labels; made_from: digests of teacher and data. The
-    images are shared by the processes. Files that are there stay, if they were made from the same, with
-    the same threshold and at the same size.
+    images are shared by the processes.
     """
     made_from = {**made_from, "threshold": threshold, "shorter_side": images.shorter}
+    if read_json_object(folder / "made_from.json") != made_from:
+        folder = beside(folder)
+    barrier()  # no process writes before all have looked
     if rank() == 0 and read_json_object(folder / "made_from.json") != made_from:
         try:
             shutil.rmtree(folder, ignore_errors=True)
@@ -141,3 +149,13 @@ def store_pseudo_labels(
             path = folder / f"{sample['id'][0]}.png"
             write_atomically(path, lambda out, file=file: out.write(file.getbuffer()))
     barrier()
+    return folder
+
+
+def place_pseudo_labels(folder: Path) -> None:
+    """Bring pseudo labels that were made beside their folder there; a kill in between leaves none."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(beside(folder), folder)
+    except OSError as error:
+        raise cannot_write(folder, error) from None

@@ -36,6 +36,7 @@ def train(config: Config, call: TrainCall) -> None:
         if rank() == 0:
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
         return
+    output.check_places(config)
     resume = output.where_to_start(config, call)
     set_up_logging(None, config.trainer.verbosity, rank() == 0)  # no file before all is checked
     data = StepData(config)
@@ -52,8 +53,10 @@ def train(config: Config, call: TrainCall) -> None:
         try:
             trainer.prepare()
             barrier()  # all processes have read the memory before it gets its place
-            if rank() == 0:
-                output.begin(trainer)
+            output.begin(trainer)
+        except UserError:  # but for a run that was ended, since the next one goes on with them
+            shutil.rmtree(beside(folder / "pseudo_labels"), ignore_errors=True)
+            raise
         finally:
             if rank() == 0:  # what was drawn for a run that is refused
                 shutil.rmtree(beside(folder / "memory"), ignore_errors=True)

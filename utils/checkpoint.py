@@ -252,6 +252,19 @@ def _is_state_dict(content):
     )
 
 
+# Types of tensors that weights have: not complex, quantised, or too short to compute with.
+WEIGHTS = {torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32}
+
+
+def check_weight(key: str, value: torch.Tensor, path: str | Path) -> None:
+    """Raise UserError unless a weight of a file is a plain tensor of finite numbers."""
+    if value.dtype not in WEIGHTS or value.layout != torch.strided or value.is_meta:
+        kind = f"{value.layout} {value.dtype} {value.device}".replace("torch.", "")
+        raise UserError(f"{path} holds {key} as a tensor of another kind ({kind}) than weights are")
+    if not value.isfinite().all():
+        raise UserError(f"{path} holds weights that are not finite: {key}")
+
+
 def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | Path) -> None:
     """Load a state_dict strictly; UserError naming the first key that does not fit."""
     own = model.state_dict()
@@ -263,8 +276,9 @@ def load_weights(model: nn.Module, state: dict[str, torch.Tensor], path: str | P
         if own[key].shape != state[key].shape:
             shapes = f"{list(state[key].shape)} in the file, {list(own[key].shape)} in the model"
             raise UserError(f"{path} is of another architecture: {key} is {shapes}")
-        if not state[key].isfinite().all():
-            raise UserError(f"{path} holds weights that are not finite: {key}")
+        check_weight(key, state[key], path)
+        if state[key].is_floating_point() != own[key].is_floating_point():
+            raise UserError(f"{path} holds {key} as {state[key].dtype}, the model as {own[key].dtype}")
     model.load_state_dict(state)
 
 

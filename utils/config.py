@@ -10,7 +10,6 @@ import copy
 import dataclasses
 import difflib
 import json
-import math
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -24,6 +23,8 @@ T = TypeVar("T")
 TYPE_NAMES = {
     int: "an integer", float: "a number", str: "a string", bool: "true or false", dict: "an object"
 }  # fmt: skip
+
+LARGEST = 3.4e38  # number of the tensors' type, float32
 
 
 def option(
@@ -88,8 +89,8 @@ class Option:
         if type(value) is not self.kind:
             wanted = TYPE_NAMES.get(self.kind, f"a {self.kind.__name__}")
             raise UserError(f"{name} must be {wanted}, not {json.dumps(value)}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{name} is {value}; it must be finite")
+        if isinstance(value, float) and not abs(value) <= LARGEST:
+            raise UserError(f"{name} is {value}; it must be finite, also in single precision")
         if told["complain"] and (complaint := told["complain"](value)):
             raise UserError(f"{name} is {value!r}; {complaint}")
         if told["choices"]:
@@ -117,6 +118,8 @@ class Option:
         if text == "none" and self.optional and self.kind is not str:
             return None
         try:
+            if self.kind is not str and not text.isascii():  # Python reads the digits of all scripts
+                raise ValueError
             value = self.kind(text)
         except ValueError:
             raise UserError(f"{flag} must be {TYPE_NAMES[self.kind]}, not {text!r}") from None

@@ -12,7 +12,6 @@ import re
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 import traceback
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from utils.errors import UserError, exit_with, explained
+from utils.errors import UserError, exit_with, explained, unexpected
 
 try:
     import resource
@@ -127,23 +126,10 @@ def _run(local_rank, worker, config, url, *arguments):
     except (Exception, KeyboardInterrupt) as error:
         if isinstance(error, dist.DistNetworkError) or re.search("(closed|reset) by peer", str(error)):
             sys.exit(2)  # another process ended, and has said why
-        exit_with(explained(error) or _unexpected(), rank() if dist.is_initialized() else None)
+        exit_with(explained(error) or unexpected(), rank() if dist.is_initialized() else None)
     finally:
         if dist.is_initialized():
             _leave(sys.exc_info()[1])
-
-
-def _unexpected():
-    """The error for an exception that nobody foresaw; its traceback is written to a file."""
-    last = traceback.format_exc().strip().splitlines()[-1]
-    try:
-        handle, path = tempfile.mkstemp(prefix="eir_error_", suffix=".txt")
-        with open(handle, "w", encoding="utf-8") as file:
-            traceback.print_exc(file=file)
-        details = f"details in {path}"
-    except OSError as error:
-        details = f"its details could not be written: {error.strerror}"
-    return UserError(f"a fault of this program, please report it: {last} ({details})")
 
 
 def _leave(error):

@@ -4,24 +4,29 @@ import os
 import re
 import signal
 import sys
+import tempfile
 import time
+import traceback
 from typing import NoReturn
 
 # What the libraries say when memory runs out, in a loader's process as well, whose exceptions may
 # arrive as text in a RuntimeError.
 NO_MEMORY = r"out of memory|ALLOC_FAILED|(can't|cannot|unable to) allocate|bad[_ ]alloc|MemoryError"
+LONGEST = 1200  # characters of an error line
 
 
 class UserError(Exception):
     """Bad input. The message is one line that names the thing and the way out.
 
     DataLoader workers re-raise an exception with their traceback as its text; ``str`` gives the
-    original line back. Names that the message quotes may hold line ends; it stays one line.
+    original line back. Names that the message quotes may hold line ends, or be of any length; it stays
+    one line that can be read: of a very long one the middle is left out.
     """
 
     def __str__(self) -> str:
         text = super().__str__().rpartition("UserError: ")[2].strip()
-        return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        text = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+        return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} ... {text[-LONGEST // 4 :]}"
 
 
 def explained(error: BaseException) -> UserError | None:
@@ -31,7 +36,8 @@ def explained(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return UserError(
-            "interrupted: the same command with --resume auto goes on after the last finished epoch"
+            "interrupted: run the same command again; a training with --resume auto goes on after the "
+            "last finished epoch"
         )
     if type(error).__name__ == "DistBackendError":  # of torch.distributed; its lines all say something
         return UserError(f"the processes cannot be connected: {' '.join(str(error).split())}")
@@ -62,6 +68,19 @@ def explained(error: BaseException) -> UserError | None:
         name = f"{error.filename}: " if error.filename else ""
         return UserError(f"the operating system refused: {name}{error.strerror or error}")
     return None
+
+
+def unexpected() -> UserError:
+    """The error for an exception that nobody foresaw; its traceback is written to a file."""
+    last = traceback.format_exc().strip().splitlines()[-1]
+    try:
+        handle, path = tempfile.mkstemp(prefix="eir_error_", suffix=".txt")
+        with open(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
+            traceback.print_exc(file=file)
+        details = f"details in {path}"
+    except OSError as error:
+        details = f"its details could not be written: {error.strerror}"
+    return UserError(f"a fault of this program, please report it: {last} ({details})")
 
 
 def exit_with(error: UserError, rank: int | None = None) -> NoReturn:

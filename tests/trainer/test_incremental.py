@@ -618,7 +618,7 @@ class TestPseudoLabelsOfWholeImages:
             trainer = step_1(pseudo_labels="image", pseudo_thresh=0.2, **changes)
             with torch.no_grad():  # a teacher that sees something
                 trainer.teacher.cls[1].weight.normal_(std=0.3)
-            shutil.rmtree(trainer.folder / "pseudo_labels")
+            shutil.rmtree(trainer.dataset.pseudo.folder)
             trainer.prepare()
             return trainer
 
@@ -627,7 +627,8 @@ class TestPseudoLabelsOfWholeImages:
     @pytest.mark.parametrize("replay", ["instance", "image"])
     def test_stored_labels_are_what_the_teacher_sees_in_the_whole_image(self, trainer, replay):
         trainer = trainer(replay=replay)
-        dataset, folder = trainer.dataset, trainer.folder / "pseudo_labels"
+        dataset = trainer.dataset
+        folder = dataset.pseudo.folder
         images = [*range(len(dataset.images)), *(range(len(dataset)) if replay == "image" else ())]
         names = {dataset.load(i)[2]: i for i in images}
         assert {path.stem for path in folder.glob("*.png")} == names.keys()
@@ -672,7 +673,7 @@ class TestPseudoLabelsOfWholeImages:
 
     def test_what_is_there_stays_unless_the_teacher_is_another(self, trainer, monkeypatch):
         one = trainer()
-        folder = one.folder / "pseudo_labels"
+        folder = one.dataset.pseudo.folder
         before = snapshot(folder)
         gone, *_ = sorted(folder.glob("*.png"))
         gone.unlink()  # as after a kill
@@ -690,7 +691,7 @@ class TestPseudoLabelsOfWholeImages:
 
     def test_a_label_of_another_size_is_refused(self, trainer):
         trainer = trainer()
-        path = min((trainer.folder / "pseudo_labels").glob("*.png"))
+        path = min(trainer.dataset.pseudo.folder.glob("*.png"))
         Image.fromarray(np.zeros((3, 4), dtype=np.uint8)).save(path)
         index = trainer.dataset.images.ids.index(path.stem)
         with pytest.raises(UserError, match="has not its image's size"):
