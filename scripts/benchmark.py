@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torchvision
 from PIL import Image
-from torch.utils import benchmark
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -87,7 +86,8 @@ def call_times(work: Work, repeats: int, before: Work | None = None) -> list[flo
     ahead of the device there, as it does in training.
     """
     if device().type != "cuda":
-        return timeit.Timer(work, before or "pass", timer=benchmark.timer).repeat(repeats, number=1)
+        timer = timeit.Timer(work, before or "pass", timer=timeit.default_timer)
+        return timer.repeat(repeats, number=1)
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     torch.cuda.synchronize()
     for start, end in events:
@@ -202,7 +202,9 @@ def index(args: Namespace) -> list[Row]:
 
 def loader(args: Namespace) -> list[Row]:
     """One training sample on one core, and its parts: decode, read the label, crop and flip."""
-    with tempfile.TemporaryDirectory() as folder, benchmark.set_torch_threads(1):
+    from torch.utils.benchmark import set_torch_threads  # with a word on CUDA where there is none
+
+    with tempfile.TemporaryDirectory() as folder, set_torch_threads(1):
         root = args.data_root or photographs(Path(folder) / "voc", args.loader_images, 1)
         files = DataRoot(root).read_list("train")
         task = get_task("joint", "overlap")

@@ -80,7 +80,7 @@ def test_what_comes_before_a_call_is_not_timed(monkeypatch, kind):
             return 1000 * (later.time - self.time)
 
     monkeypatch.setattr(benchmark, "device", lambda: torch.device(kind))
-    monkeypatch.setattr(benchmark.benchmark, "timer", lambda: next(clock))
+    monkeypatch.setattr(benchmark.timeit, "default_timer", lambda: next(clock))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     seconds = benchmark.call_times(lambda: next(clock), 3, before=lambda: [next(clock), next(clock)])
