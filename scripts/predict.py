@@ -21,7 +21,7 @@ from configs.options import Config
 from data_loader.data_root import DataRoot, check_photograph, read_label, reading
 from scripts.command_line import Parser
 from trainer.evaluate import predictions
-from trainer.trained import Trained, add_flags, read_trained
+from trainer.trained import Trained, add_flags, read_trained, titles
 from utils.checkpoint import write_atomically
 from utils.distributed import device, launch
 from utils.errors import UserError
@@ -92,22 +92,25 @@ def compare(path: Path, models: list[Trained], args: argparse.Namespace) -> None
     """Write the sheet of a photograph: itself, its label, and what each step predicts."""
     photograph, last = read_photograph(path), models[-1]
     truth = find_label(path, photograph, last, args.labels)
-    labels = {} if truth is None else {"label": truth}
-    for model in models:
-        labels[caption(model)] = predict_label(model, photograph, args.score)
+    labels = [] if truth is None else [("label", truth)]
+    for model, title in zip(models, titles(models), strict=True):
+        labels.append((caption(model, title), predict_label(model, photograph, args.score)))
     pictures = [("photograph", Image.fromarray(photograph))]
-    pictures += [(title, label_image(label)) for title, label in labels.items()]
-    names = names_in(np.stack(list(labels.values())), last)
+    pictures += [(title, label_image(label)) for title, label in labels]
+    names = names_in(np.stack([label for _, label in labels]), last)
     file = args.output / f"{path.stem}_compare.png"
     write(file, with_legend(side_by_side(pictures), names, 16))
     print(f"{path.name}: {file}")
 
 
-def caption(model: Trained) -> str:
-    """The step of a model and the classes that it learned last."""
+def caption(model: Trained, title: str) -> str:
+    """The title of a model and the classes that it learned last, as far as there is room above it."""
     new = model.task.named(model.task.steps[model.step])
-    listed = ", ".join(new) if len(", ".join(new)) < 24 else f"{len(new)} classes"
-    return f"step {model.step}: {'+ ' if model.step else ''}{listed}"
+    plus = "+ " if model.step else ""
+    for text in (f"{title}: {plus}{', '.join(new)}", f"{title}: {plus}{len(new)} classes"):
+        if len(text) < 33:
+            return text
+    return title if len(title) < 33 else f"...{title[-30:]}"
 
 
 def read_photograph(path: Path) -> np.ndarray:

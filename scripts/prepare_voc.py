@@ -348,7 +348,8 @@ def check(root: Path) -> bool:
         if count != whole:
             notes.append(
                 f"{name} has {count:,} lines instead of {whole:,}, so that results cannot be compared "
-                "with published ones; this script writes it anew if you delete it"
+                "with published ones; if that is not meant, delete it, and this script, with "
+                "--archives, takes what is missing and writes it anew"
             )
         inspection = Inspection(images, Scanner(images, data.set))
         processes = loader_processes(cores() if len(inspection) >= WORTH_PROCESSES else 0)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configs.options import parse_train
@@ -21,11 +22,12 @@ from data_loader.dataset import MEAN, STD
 from scripts.command_line import Parser
 from trainer.incremental import IncrementalStep
 from trainer.output import previous_checkpoint
+from utils.checkpoint import write_atomically
 from utils.distributed import launch
 from utils.errors import UserError
-from utils.visualize import sheet, voc_palette
+from utils.visualize import VOID, sheet, voc_palette, with_legend
 
-TITLES = ["image", "labels", "with pseudo labels", "with instances", "weight of instances"]
+TITLES = ["image", "labels", "with pseudo labels", "with instances", "their weight, light: 1"]
 
 
 def preview(config, call, options) -> None:
@@ -53,6 +55,11 @@ def _preview(config, previous, options):
     colours = voc_palette()[[0, *trainer.data.task.order]]
     rows = [row for batch in first_batch(trainer, options) for row in pictures(trainer, batch, colours)]
     sheet(options.output, rows, TITLES)
+    task, step = trainer.data.task, trainer.data.step
+    names = dict(zip([0, *task.seen(step)], task.class_names(step), strict=True))
+    with Image.open(options.output) as drawn:
+        explained = with_legend(drawn.convert("RGB"), {**names, VOID: "void"}, 20)
+    write_atomically(options.output, lambda file: explained.save(file, "PNG"))
     print(f"{len(rows)} composites of step {trainer.data.step}: {options.output}")
 
 
@@ -73,7 +80,7 @@ def pictures(trainer, batch, colours):
     labels, _ = trainer.pseudo_label(batch)
     composite = trainer.compose(batch, labels)
     covered = composite.weights.sum(dim=1)
-    table = np.full((256, 3), 224, dtype=np.uint8)
+    table = voc_palette()
     table[: len(colours)] = colours
     for i in range(len(labels)):
         yield [

@@ -29,7 +29,7 @@ from data_loader.data_loaders import StepData
 from data_loader.dataset import normalize
 from models.deeplabv3 import predict
 from scripts.command_line import Parser
-from trainer.trained import Trained, add_flags, read_trained
+from trainer.trained import Trained, add_flags, read_trained, titles
 from utils.checkpoint import write_atomically
 from utils.distributed import device, launch
 from utils.errors import UserError
@@ -71,8 +71,10 @@ def draw(_, args: argparse.Namespace) -> None:
     old = (pixels.classes > 0) & (pixels.classes < len(first.ids))
     if folds < 2 or not old.any():
         raise UserError("there are too few test images with classes of these steps")
-    titles = []
-    for model, features, predicted in zip(models, pixels.features, pixels.predicted, strict=True):
+    captions = []
+    for name, features, predicted in zip(
+        titles(models), pixels.features, pixels.predicted, strict=True
+    ):
         right = (predicted == pixels.classes)[old].mean()
         near = cross_val_score(
             KNeighborsClassifier(1),
@@ -81,10 +83,10 @@ def draw(_, args: argparse.Namespace) -> None:
             groups=pixels.images,
             cv=GroupKFold(folds),
         )
-        titles.append(f"step {model.step}: {right:.0%} of the pixels of {steps} recognised")
-        print(f"{titles[-1]}; by the nearest pixel of another image, {near.mean():.0%} of all")
+        captions.append(f"{name}: {right:.0%} of the pixels of {steps} recognised")
+        print(f"{captions[-1]}; by the nearest pixel of another image, {near.mean():.0%} of all")
     places = embed(pixels.features, args.seed)
-    write_atomically(args.output, lambda file: plot(file, pixels, places, titles, last))
+    write_atomically(args.output, lambda file: plot(file, pixels, places, captions, last))
     print(f"{len(old)} pixels of {len(set(pixels.images))} images: {args.output}")
 
 
@@ -140,7 +142,7 @@ def embed(features: list[np.ndarray], seed: int) -> list[np.ndarray]:
     return places
 
 
-def plot(file, pixels: Pixels, places: list[np.ndarray], titles: list[str], model: Trained) -> None:
+def plot(file, pixels: Pixels, places: list[np.ndarray], captions: list[str], model: Trained) -> None:
     """Write the PNG: a panel for each model, and a legend of the classes."""
     import matplotlib
 
@@ -152,7 +154,7 @@ def plot(file, pixels: Pixels, places: list[np.ndarray], titles: list[str], mode
     figure, (panels,) = plt.subplots(1, len(places), figsize=size, squeeze=False, layout="constrained")
     colours = voc_palette()[model.ids] / 255
     colours[0] = 0.8  # grey: the black of the background would hide the classes
-    for axes, at, predicted, title in zip(panels, places, pixels.predicted, titles, strict=True):
+    for axes, at, predicted, title in zip(panels, places, pixels.predicted, captions, strict=True):
         for c in np.unique(pixels.classes):
             for marker, chosen in (("o", predicted == c), ("x", predicted != c)):
                 shown = (pixels.classes == c) & chosen
@@ -164,7 +166,7 @@ def plot(file, pixels: Pixels, places: list[np.ndarray], titles: list[str], mode
         step = next((t for t in range(model.step + 1) if c in model.task.channels(t)), 0)
         label = f"{model.names[c]} (step {step})" if c else "background"
         panels[0].scatter([], [], color=colours[c], label=label)
-    panels[0].scatter([], [], color="black", marker="x", label="taken for another")
+    panels[0].scatter([], [], color="grey", marker="x", label="taken for another")
     figure.legend(loc="outside right upper", ncols=columns)
     figure.savefig(file, format="png", dpi=100)
     plt.close(figure)

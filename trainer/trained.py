@@ -34,6 +34,17 @@ class Trained:
         return self.task.class_names(self.step)
 
 
+def titles(models: list[Trained]) -> list[str]:
+    """What a picture calls each model: its step, and the run's name where another has the same."""
+    steps = [model.step for model in models]
+    return [
+        f"{model.config.name}, step {model.step}"
+        if steps.count(model.step) > 1
+        else f"step {model.step}"
+        for model in models
+    ]
+
+
 def add_flags(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """Give a parser the flags that say what to read: one checkpoint, or several with nargs "+"."""
     what = {"type": Path, "required": True, "metavar": "CKPT", "help": "checkpoint of a step"}

@@ -13,6 +13,7 @@ from scripts.predict import main
 from tests.helpers import error_line
 from trainer.evaluate import confusion_matrix
 from trainer.output import read_model
+from utils.checkpoint import write_json
 from utils.visualize import overlay, side_by_side, voc_palette, with_legend
 
 
@@ -96,6 +97,28 @@ def test_steps_are_compared_on_one_sheet(voc_root, photographs, steps, tmp_path,
         assert result.returncode == 0, result.stderr
         assert seen[-1] == titles
         assert Image.open(tmp_path / f"out/{stem}_compare.png").width == 328 * len(titles) + 8
+
+
+def test_two_runs_are_compared_at_the_same_step(photographs, steps, tmp_path, run, monkeypatch):
+    """Neither takes the place of the other: the name of the run stands above each."""
+    runs, seen = [], []
+    for name in ("EIR-seed1", "image-replay-with-a-long-name"):
+        runs.append(shutil.copytree(steps[1].parent, tmp_path / name) / steps[1].name)
+        config = load_config(runs[-1].parent / "config.json")[0]
+        config.name = name
+        write_json(runs[-1].parent / "config.json", config.to_dict())
+    monkeypatch.setattr(
+        "scripts.predict.side_by_side", lambda pictures: seen.extend(pictures) or pictures[0][1]
+    )
+    path = min(photographs.glob("*.jpg"))
+    result = run(main, "--compare", "-r", *runs, steps[0], "--input", path, "--output", tmp_path / "o")
+    assert result.returncode == 0, result.stderr
+    assert [title for title, _ in seen] == [
+        "photograph",
+        "step 0: 5 classes",
+        "EIR-seed1, step 1: + 3 classes",
+        "...eplay-with-a-long-name, step 1",
+    ]
 
 
 def test_a_label_of_another_size_is_refused(photographs, steps, tmp_path, run):

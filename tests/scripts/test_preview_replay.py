@@ -12,6 +12,7 @@ from scripts.preview_replay import TITLES, preview
 from tests.helpers import small_config, snapshot
 from trainer.run import train
 from utils.errors import UserError
+from utils.visualize import voc_palette
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -35,7 +36,9 @@ def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, cap
     preview(config, TrainCall(), options(output))
     assert snapshot(tmp_path / "models") == before
     assert f"4 composites of step 1: {output}" in capsys.readouterr().out
-    assert Image.open(output).format == "PNG"
+    with Image.open(output) as picture:
+        legend = np.array(picture)[-40:].reshape(-1, 3).tolist()
+    assert all(voc_palette()[c].tolist() in legend for c in (0, 1, 8, 255))
     assert [len(row) for row in drawn] == 4 * [len(TITLES)]
     grey = np.array([0.485, 0.456, 0.406]) * 255  # of a replayed image, outside its instances
     empty = [(np.abs(row[0] - grey).max(axis=2) < 1).mean() for row in drawn]
