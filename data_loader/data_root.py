@@ -7,6 +7,7 @@ an array operation on it.
 
 import collections
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -303,7 +304,9 @@ class _Folder:
             try:
                 with os.scandir(path) as entries:
                     return {entry.name for entry in entries if _is_file(entry)}
-            except (FileNotFoundError, NotADirectoryError):
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
+                    raise
                 return set()
 
 

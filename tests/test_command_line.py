@@ -190,6 +190,27 @@ class TestTrainAndEvaluate:
         assert words in error_line(command("train_voc.py", *flags, "--overwrite"))
         assert snapshot(tmp_path / "models") == before
 
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "config.json", "made_from.json", "metrics.json", "last.pth", "model_best.pth", CHECKPOINT,
+            "log.txt", "metrics.jsonl", "memory", "pseudo_labels", "memory.unfinished",
+        ],
+    )  # fmt: skip
+    def test_an_overwrite_is_refused_where_a_folder_lies_in_place_of_a_file_or_a_file_of_a_folder(
+        self, own_step, voc_root, tmp_path, command, name
+    ):
+        place = (tmp_path / "log" / STEP if name in ("log.txt", "metrics.jsonl") else own_step) / name
+        if "." in name and name != "memory.unfinished":
+            place.unlink(missing_ok=True)
+            place.mkdir(parents=True)
+        else:
+            place.write_text("kept")
+        before = snapshot(tmp_path)
+        line = error_line(command("train_voc.py", *train_flags(voc_root, tmp_path), "--overwrite"))
+        assert str(place) in line and "move it away" in line
+        assert snapshot(tmp_path) == before
+
     def test_an_overwrite_by_too_many_processes_leaves_the_finished_step_as_it_was(
         self, own_step, voc_root, tmp_path, command, monkeypatch
     ):
@@ -201,6 +222,14 @@ class TestTrainAndEvaluate:
         assert "training images cannot be shared by 100 processes" in line
         assert snapshot(own_step) == before
         assert "is finished already" in command("train_voc.py", *flags).stdout
+
+    @pytest.mark.parametrize("name", [CHECKPOINT, "config.json", "README.md", "."])
+    def test_an_evaluation_writes_over_nothing_but_numbers(self, own_step, tmp_path, command, name):
+        (own_step / "README.md").write_text("kept")
+        before, output = snapshot(tmp_path), own_step / name
+        flags = ("-r", own_step / CHECKPOINT, "--output", output)
+        assert f"cannot write {output}: what is there" in error_line(command("eval_voc.py", *flags))
+        assert snapshot(tmp_path) == before
 
 
 class TestInterruptedStep:
@@ -395,6 +424,16 @@ class TestBadInput:
             ("--lr -1", "--lr is -1.0; it must be at least 0"),
             ("--lr nan", "--lr is nan"),
             ("--lr inf", "--lr is inf"),
+            (
+                "--pos_weight 1e308",
+                "--pos_weight is 1e+308; it must be finite, also in single precision",
+            ),
+            ("--seed ٣", "--seed must be an integer, not '٣'"),
+            ("--lr ٣", "--lr must be a number, not '٣'"),
+            (f"--resume {'long' * 2000}", "longlong"),
+            ("--resume a\udc80", "-r is 'a\\udc80'; a path must be printable"),
+            ("--prev_checkpoint ~nouser/x", "there is no such user"),
+            ("--backbone_weights=", "--backbone_weights needs a value"),
             ("--bs 2.5", "--bs must be an integer"),
             ("--bs=", "--bs needs a value"),
             ("--backbone vgg", "allowed: resnet101, resnet50, tiny, timm/NAME"),
@@ -425,7 +464,7 @@ class TestBadInput:
     )
     def test_flags(self, refused, flags, words):
         # "-r=" stands for an empty word after the flag, which nothing else here can express
-        short = re.fullmatch("(-[a-z])=", flags)
+        short = re.fullmatch("(--?[a-z_]+)=", flags)
         assert words in refused(*([short[1], ""] if short else flags.split(" ")))
 
     @pytest.mark.parametrize(
@@ -439,6 +478,8 @@ class TestBadInput:
             (("-r", "x.pth", "-c", "configs/config_voc.json", "--score", "1.01"), "at most 1"),
             (("-r", "x.pth", "-c", "configs/config_voc.json", "--score", "-0.1"), "at least 0"),
             (("-r", "x.pth", "-c", "configs/config_voc.json", "--score", "nan"), "must be finite"),
+            (("-r", "long" * 2000), "File name too long"),
+            (("-r", "README.md", "--output", "a\udc80"), "--output is 'a\\udc80'; a path must be"),
         ],
     )
     def test_flags_of_the_evaluation(self, command, monkeypatch, flags, words):
@@ -477,6 +518,12 @@ class TestConfigurationFile:
             ('{"arch": {"args": {"norm_act": "iabn_sync"}}}', "choose bn_sync or bn"),
             ('{"optimizer": {"args": {"lr": ' + "9" * 400 + "}}}", "it must be finite"),
             ("[" * 100_000, "is not valid JSON"),
+            ('{"trainer": {"save_dir": ""}}', "trainer.save_dir is ''; give a path"),
+            ('{"data_loader": {"args": {"task": {"idxs_path": "a\\u0000"}}}}', "must be printable"),
+            (
+                '{"data_loader": {"args": {"dataset": {"train_images": "{}{0.x}.jpg"}}}}',
+                "dataset.train_images is '{}{0.x}.jpg'; give paths in which {} stands for the id",
+            ),
         ],
         ids=lambda text: text[:20],
     )

@@ -14,11 +14,11 @@ from trainer.base_step import BaseStep
 from trainer.dkd import DKDBaseStep, DKDStep
 from trainer.evaluate import evaluate
 from trainer.incremental import IncrementalStep
-from utils.checkpoint import final_checkpoint, locked, write_json
+from utils.checkpoint import final_checkpoint, locked, read_json_object, write_json
 from utils.distributed import barrier, device, rank, world_size
 from utils.errors import UserError
 from utils.logging import log, set_up_logging
-from utils.metrics import format_table
+from utils.metrics import METRICS, format_table
 
 # The kinds of steps by method: that of step 0, and that of the steps after it.
 STEPS = {"eir": (BaseStep, IncrementalStep), "dkd": (DKDBaseStep, DKDStep)}
@@ -77,11 +77,23 @@ def _check_still(config, call, resume):
 
 def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
     """Evaluate a checkpoint on the test images of its step."""
+    if call.output:
+        _check_output(Path(call.output))
     _start_log(config, call, None)
     metrics = _evaluate(config, Path(call.resume), call.score)
     if call.output and rank() == 0:
         write_json(Path(call.output), metrics)
         log.info(f"\nmetrics     {call.output}")
+
+
+def _check_output(path):
+    """Raise UserError where anything but nothing, an empty file, or such numbers would be lost."""
+    if not path.exists() or (path.is_file() and not path.stat().st_size):
+        return
+    if not (path.is_file() and (read_json_object(path) or {}).keys() >= {*METRICS}):
+        raise UserError(
+            f"cannot write {path}: what is there are no numbers of an evaluation; give another --output"
+        )
 
 
 def _evaluate(config, path, score=0.5):

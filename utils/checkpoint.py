@@ -1,6 +1,7 @@
 """Files of a run: written whole, read checked, and locked against a second run."""
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -35,6 +36,8 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.unfinished")
     try:
+        if path.exists() and not path.is_file():  # a rename would put a file in place of a device
+            raise OSError(errno.EEXIST, "it is no regular file")
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)

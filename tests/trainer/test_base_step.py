@@ -246,6 +246,9 @@ class TestCheckpoints:
         def momentum(content):
             content["optimizer"]["state"][0]["momentum_buffer"] = torch.zeros(2)
 
+        def buffers(content):
+            return [state["momentum_buffer"] for state in content["optimizer"]["state"].values()]
+
         cases = {
             "it is at epoch 2 already": lambda c: c.update(epoch=2),
             "its epoch is 'x'": lambda c: c.update(epoch="x"),
@@ -253,6 +256,12 @@ class TestCheckpoints:
                 total_iters=5
             ),
             "a momentum has another shape": momentum,
+            "a momentum is not finite": lambda c: buffers(c)[3].fill_(float("nan")),
+            "other elements": lambda c: c["optimizer"]["state"].update({0: {"momentum_buffer": "x"}}),
+            "its schedule is at iteration 3": lambda c: c["lr_scheduler"].update(last_epoch=3),
+            "its learning rate is 9.0": lambda c: c["optimizer"]["param_groups"][0].update(lr=9.0),
+            "its best validation is 'x', 0 validations": lambda c: c.update(best="x"),
+            "other settings of its optimiser": lambda c: c.update(optimizer=[1]),
             "'optimizer'": lambda c: c.pop("optimizer"),
             "an update took 8 images over all processes": lambda c: c["made_from"].update(batch=8),
             "statistics over 2 images, now over 4": lambda c: c["made_from"].update(bn_batch=2),

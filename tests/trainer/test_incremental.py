@@ -706,3 +706,48 @@ class TestPseudoLabelsOfWholeImages:
             run(config, prev_checkpoint=str(step_0))
         folders = [config.step_dir() for config in configs]
         assert_same_step(*folders, final_checkpoint(folders[0]).name)
+
+    def test_an_overwrite_that_is_refused_keeps_the_old_ones(
+        self, voc_root, tmp_path, step_0, command, monkeypatch
+    ):
+        """Refused by its settings once they are made, and by a disk that is full halfway; one that is
+        ended keeps what it has made, and the next one places it."""
+        wanted = {"pseudo_labels": "image", "epochs": 1, "mem_size": 4, "task_name": SHUFFLED}
+
+        def call(*more, **changes):
+            changes = {**wanted, "task_step": 1, "prev_checkpoint": step_0, **changes}
+            return command("train_voc.py", *train_flags(voc_root, tmp_path, **changes), *more)
+
+        assert call().returncode == 0
+        models, (made,) = (
+            tmp_path / "models",
+            tmp_path.glob("models/*/step_1/pseudo_labels/made_from.json"),
+        )
+        before, folder = snapshot(models), made.parent
+        refused = call("--overwrite", pseudo_thresh=0.1, bs=200, accumulate=100)
+        assert "cannot train on one image" in error_line(refused)
+        assert snapshot(models) == before
+        for error, words in (
+            (UserError("the disk is full"), "full"),
+            (KeyboardInterrupt(), "interrupted"),
+        ):
+            written = []
+
+            def write(path, fill, error=error, written=written):
+                written.append(path)
+                if len(written) == 3:
+                    raise error
+                write_atomically(path, fill)
+
+            with monkeypatch.context() as patch:
+                patch.setattr("trainer.pseudo_labels.write_atomically", write)
+                assert words in error_line(call("--overwrite", pseudo_thresh=0.1))
+            half = folder.with_name("pseudo_labels.unfinished")
+            assert half.is_dir() == (words == "interrupted")
+            assert snapshot(folder) == {
+                path.name: before[str(path.relative_to(models))] for path in folder.iterdir()
+            }
+        kept = snapshot(half)
+        assert call("--overwrite", pseudo_thresh=0.1).returncode == 0
+        assert kept.items() <= snapshot(folder).items() and not half.exists()
+        assert json.loads(made.read_text())["threshold"] == 0.1

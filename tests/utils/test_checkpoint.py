@@ -207,6 +207,13 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_regular_file_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / "pipe")  # as a device, such as /dev/null, would be where root writes
+    with pytest.raises(UserError, match=r"cannot write .*pipe: it is no regular file"):
+        write_atomically(tmp_path / "pipe", lambda file: file.write(b"x"))
+    assert (tmp_path / "pipe").is_fifo() and len([*tmp_path.iterdir()]) == 1
+
+
 def test_the_content_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     steps = []
     fsync, replace = os.fsync, os.replace
@@ -343,6 +350,21 @@ class TestLoading:
         state = {**nn.Linear(2, 3).state_dict(), "bias": torch.tensor([1.0, float("nan"), 1.0])}
         with pytest.raises(UserError, match=r"c\.pth holds weights that are not finite: bias"):
             load_weights(nn.Linear(2, 3), state, "c.pth")
+
+    @pytest.mark.parametrize(
+        ("change", "words"),
+        [
+            (lambda w: w.to_sparse(), "another kind .sparse_coo float32 cpu"),
+            (lambda w: w.to(torch.complex64), "another kind .strided complex64 cpu"),
+            (lambda w: w.to(torch.float8_e4m3fn), "another kind .strided float8_e4m3fn cpu"),
+            (lambda w: w.to("meta"), "another kind .strided float32 meta"),
+            (lambda w: w.long(), r"bias as torch\.int64, the model as torch\.float32"),
+        ],
+    )
+    def test_tensors_that_are_no_weights_are_refused(self, change, words):
+        state = nn.Linear(2, 3).state_dict()
+        with pytest.raises(UserError, match=words):
+            load_weights(nn.Linear(2, 3), {**state, "bias": change(state["bias"])}, "c.pth")
 
 
 def test_the_final_checkpoint_is_that_of_the_highest_epoch(tmp_path):

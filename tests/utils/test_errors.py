@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from configs.options import Config
+from tests.helpers import error_line, run_script
 from utils.distributed import launch
 from utils.errors import UserError, explained
 
@@ -70,3 +71,27 @@ def test_a_fault_of_the_program_leaves_its_traceback_in_a_file(cpu, capsys):
     file = Path(re.search(r"details in (\S+)\)", line)[1])
     assert 'raise KeyError("unforeseen")' in file.read_text()
     file.unlink()
+
+
+def test_of_a_very_long_line_the_middle_is_left_out():
+    text = str(UserError(f"no file {'a' * 5000}: give another one"))
+    assert len(text) < 1300 and text.startswith("no file aaa") and text.endswith("a: give another one")
+
+
+@pytest.mark.parametrize(
+    ("statement", "words"),
+    [
+        ("raise KeyboardInterrupt", "error: interrupted: run the same command again"),
+        ("open('no/such\\nfile')", "error: the operating system refused: no/such\\nfile: No such file"),
+        ("raise MemoryError", "error: the memory is used up"),
+        ("{}['unforeseen']", "error: a fault of this program, please report it: KeyError"),
+    ],
+)
+def test_what_ends_a_program_before_it_starts_to_work_is_one_line(statement, words):
+    """Without PyTorch, which utils.program does not import: Ctrl-C counts from there on."""
+    program = f"import sys, utils.program; assert 'torch' not in sys.modules; {statement}"
+    result = run_script("-c", program)
+    line = error_line(result)
+    assert line.startswith(words) and result.stdout == ""
+    if "details in" in line:
+        Path(re.search(r"details in (\S+)\)", line)[1]).unlink()
