@@ -15,6 +15,7 @@ from utils.config import (
     add_flags,
     apply_flags,
     get,
+    no_path,
     option,
     options,
     put,
@@ -77,17 +78,6 @@ def _no_folder_name(name):
         return "it must be a name that a folder can have"
     if not name.isprintable():
         return "it must be printable, in one line"
-
-
-def _no_path(path):
-    if not path:
-        return "give a path, . for the folder of the call"
-    if not path.isprintable():
-        return "a path must be printable, in one line"
-    try:
-        Path(path).expanduser()
-    except RuntimeError:
-        return "there is no such user, whose home it could begin with"
 
 
 def _no_devices(text):
@@ -208,7 +198,7 @@ class ArchArgs:
         "file with the backbone's ImageNet weights, or 'none' to start from scratch; "
         "without it torchvision downloads them",
         "--backbone_weights",
-        complain=_no_path,
+        complain=no_path,
         used=AT_STEP_0,
     )
     freeze_all_bn: bool = option(
@@ -309,7 +299,7 @@ class TaskArgs:
     idxs_path: str | None = option(
         None,
         "folder for the cached label index (default: inside the data root)",
-        complain=_no_path,
+        complain=no_path,
         incidental=True,
     )
 
@@ -386,7 +376,7 @@ class DataArgs:
         "data/VOC2012",
         "folder of the data set; of VOC: VOC2012, or the VOCdevkit above it",
         "--data_root",
-        complain=_no_path,
+        complain=no_path,
         incidental=True,
     )
     allow_val_in_train: bool = option(
@@ -594,7 +584,7 @@ class LRScheduler:
 class TrainerSection:
     epochs: int = option(60, "epochs", ("--epochs", "--ep"), low=1)
     save_dir: str = option(
-        "_saved_voc", "folder of all outputs", "--save_dir", complain=_no_path, incidental=True
+        "_saved_voc", "folder of all outputs", "--save_dir", complain=no_path, incidental=True
     )
     save_period: int = option(
         -1, "epochs between kept checkpoints, -1: the last only", low=-1, incidental=True
@@ -689,7 +679,7 @@ class Call:
 
     config: str | None = option(
         None, f"JSON configuration (train: {DEFAULT_CONFIG.name}; eval: beside the checkpoint)",
-        ("-c", "--config"), complain=_no_path,
+        ("-c", "--config"), complain=no_path,
     )  # fmt: skip
     device: str | None = option(
         None,
@@ -710,7 +700,7 @@ class TrainCall(Call):
         None,
         "go on from this checkpoint; 'auto': from the step's last one, if there is one",
         ("-r", "--resume"),
-        complain=_no_path,
+        complain=no_path,
     )
     overwrite: bool = option(
         False, "train the step anew, replacing its output", "--overwrite", switch=True
@@ -719,7 +709,7 @@ class TrainCall(Call):
         None,
         "start step t >= 1 from this model instead of step t-1's own output",
         "--prev_checkpoint",
-        complain=_no_path,
+        complain=no_path,
     )
 
 
@@ -727,9 +717,9 @@ class TrainCall(Call):
 class EvalCall(Call):
     """A call of eval_voc.py."""
 
-    resume: str | None = option(None, "checkpoint to evaluate", ("-r", "--resume"), complain=_no_path)
+    resume: str | None = option(None, "checkpoint to evaluate", ("-r", "--resume"), complain=no_path)
     output: str | None = option(
-        None, "write the numbers to this JSON file", "--output", complain=_no_path
+        None, "write the numbers to this JSON file", "--output", complain=no_path
     )
     score: float = option(
         0.5, "sigmoid score that a prediction asks for, else it is background", "--score",

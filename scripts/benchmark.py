@@ -57,6 +57,7 @@ from utils.checkpoint import save_checkpoint
 from utils.distributed import device, peak_memory
 from utils.errors import UserError, exit_with
 from utils.logging import log
+from utils.program import a_path
 from utils.visualize import VOID
 
 Work = Callable[[], object]
@@ -666,11 +667,13 @@ def parse(argv: list[str] | None) -> Namespace:
     """The flags; a value that no part can use ends the program with a line that says so."""
     parser = Parser(__doc__)
     parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling and table")
-    parser.add_argument("--data_root", help="a VOC 2012 folder (else images are drawn)")
+    parser.add_argument("--data_root", type=a_path, help="a VOC 2012 folder (else images are drawn)")
     parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")
     parser.add_argument("--task", default="15-5", help="task of memory, paste and step (%(default)s)")
-    parser.add_argument("--figure", metavar="PNG", help="where the part scaling draws its figure")
-    parser.add_argument("--json", metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--figure", type=a_path, metavar="PNG", help="where the part scaling draws its figure"
+    )
+    parser.add_argument("--json", type=a_path, metavar="FILE", help="write the figures to this file")
     parser.add_argument(
         "--data",
         choices=("loader", "memory"),
@@ -691,8 +694,10 @@ def parse(argv: list[str] | None) -> Namespace:
             parser.error(f"--{name} is at least {least}")
     for name in ("figure", "json"):
         path = getattr(args, name)
-        if path and not Path(path).parent.is_dir():
+        if path and not path.parent.is_dir():
             parser.error(f"--{name} {path}: there is no such folder")
+        if path and path.is_dir():
+            parser.error(f"--{name} {path} is a folder: give the name of a file")
     return args
 
 
@@ -715,7 +720,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.json:
         figures = [{"part": part, **asdict(row), **row.spread()} for part, row in rows]
         report = {**about, "flags": vars(args), "rows": figures}
-        Path(args.json).write_text(json.dumps(report, indent=2) + "\n")
+        Path(args.json).write_text(json.dumps(report, indent=2, default=str) + "\n")
     return 0
 
 

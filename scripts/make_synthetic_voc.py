@@ -31,6 +31,7 @@ from configs.options import DataSet
 from data_loader.data_root import read_lines
 from scripts.command_line import Parser
 from utils.errors import UserError
+from utils.program import a_path
 from utils.visualize import VOID, label_image
 
 Spot = tuple[float, float]
@@ -265,6 +266,8 @@ def make_synthetic_voc(
     for flag, (value, minimum) in least.items():
         if value < minimum:
             raise ValueError(f"--{flag} must be at least {minimum}, not {value}")
+    if size > 10_000:
+        raise ValueError(f"--size must be at most 10000, not {size}")
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: name a new folder or empty this one first")
@@ -317,20 +320,20 @@ def label_files(root: Path, split: str) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=Path, required=True, help="new or empty folder")
+    parser.add_argument("--output", type=a_path, required=True, help="new or empty folder")
     parser.add_argument("--train", type=int, default=700, help="training images (%(default)s)")
     parser.add_argument("--val", type=int, default=150, help="validation images (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="longer side, up to 1.25 times this")
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     parser.add_argument("--classes", type=int, default=CLASSES, help="number of classes (%(default)s)")
-    parser.add_argument("--labels", type=Path, help="VOC root whose label maps are painted")
+    parser.add_argument("--labels", type=a_path, help="VOC root whose label maps are painted")
     args = parser.parse_args(argv)
     try:
         make_synthetic_voc(
             args.output, args.train, args.val, args.size, args.seed, args.classes, args.labels
         )
     except (ValueError, OSError, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {UserError(error)}", file=sys.stderr)
         return 2
     print(f"{args.output}: {args.train} training and {args.val} validation images")
     return 0

@@ -48,6 +48,7 @@ from scripts.command_line import Parser
 from utils.checkpoint import locked, write_atomically
 from utils.distributed import loader_processes
 from utils.errors import UserError, exit_with, explained
+from utils.program import a_path
 from utils.visualize import VOID, label_image, voc_palette
 
 AUGMENTED, PLAIN, LISTS = "SegmentationClassAug", "SegmentationClass", "ImageSets/Segmentation"
@@ -385,11 +386,13 @@ def check(root: Path) -> bool:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("--root", required=True, help="the VOC 2012 folder, made if it does not exist")
-    parser.add_argument("--archives", help="folder of the archives (ROOT/archives)")
+    parser.add_argument(
+        "--root", type=a_path, required=True, help="the VOC 2012 folder, made if it does not exist"
+    )
+    parser.add_argument("--archives", type=a_path, help="folder of the archives (ROOT/archives)")
     parser.add_argument("--check", action="store_true", help="check only: nothing is written")
     args = parser.parse_args(argv)
-    root, archives = (Path(os.path.expanduser(p)) if p else None for p in (args.root, args.archives))
+    root, archives = args.root, args.archives
     try:
         if archives and not archives.is_dir():
             raise UserError(f"--archives {archives} is no folder")

@@ -21,6 +21,7 @@ from scripts.command_line import Parser
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
 from utils.errors import UserError, exit_with
 from utils.metrics import FOOTNOTE
+from utils.program import a_path
 
 INTRODUCTION = """# Results
 
@@ -69,7 +70,7 @@ def read_steps(folder: Path) -> dict[int, dict]:
             iou = json.loads(path.read_text(encoding="utf-8"))["Mean_Intersection_over_Union"]
             steps[step] = {key: iou[key] for key in (*GROUPS, "by_class")}
             steps[step]["without_images"] = [*iou.get("without_images", [])]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"cannot read the metrics {path}: {error!r}") from None
     return steps
 
@@ -307,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "folder", type=Path, help="of a run (step_0, ...) or of experiments (results.csv)"
+        "folder", type=a_path, help="of a run (step_0, ...) or of experiments (results.csv)"
     )
     folder = parser.parse_args(argv).folder
     try:

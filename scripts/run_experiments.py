@@ -43,6 +43,7 @@ from scripts.status import duration
 from trainer.output import is_finished
 from utils.checkpoint import final_checkpoint, locked
 from utils.errors import UserError, exit_with
+from utils.program import a_path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
@@ -439,7 +440,7 @@ def _main(arguments):
     seeds = choose(path, "seeds", experiment["seeds"], arguments.seeds)
     methods = choose(path, "methods", methods, arguments.methods)
     places = make_places(arguments.jobs, arguments.gpus)
-    save_dir = arguments.save_dir or experiment["save_dir"]
+    save_dir = str(arguments.save_dir or experiment["save_dir"])
     bases, others = plan(experiment, save_dir)
     # by folder, since the joint training of a seed is the same for all tasks
     asked = [s for s in others if s.seed in seeds and s.method in methods]
@@ -457,10 +458,12 @@ def _main(arguments):
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("experiment", type=Path, help="JSON file; configs/experiments has some")
-    parser.add_argument("--save_dir", help="folder of the runs, instead of the experiment's")
+    parser.add_argument("experiment", type=a_path, help="JSON file; configs/experiments has some")
     parser.add_argument(
-        "--output", type=Path, help="folder of results.csv (default: <save_dir>/<experiment's name>)"
+        "--save_dir", type=a_path, help="folder of the runs, instead of the experiment's"
+    )
+    parser.add_argument(
+        "--output", type=a_path, help="folder of results.csv (default: <save_dir>/<experiment's name>)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these of the experiment's seeds")
     parser.add_argument("--methods", nargs="+", help="run only these of its methods")

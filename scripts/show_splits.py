@@ -16,6 +16,7 @@ from data_loader.data_root import DataRoot
 from data_loader.tasks import SETTINGS, Task, get_task
 from scripts.command_line import Parser
 from utils.errors import UserError, exit_with
+from utils.program import a_path
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}  # split -> the list it is chosen from
 
@@ -67,11 +68,15 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
     of_it = "(that of the configuration)"
-    parser.add_argument("-c", "--config", default=DEFAULT_CONFIG, help="JSON configuration of the data")
-    parser.add_argument("--data_root", help=f"folder of the data set {of_it}")
+    parser.add_argument(
+        "-c", "--config", type=a_path, default=DEFAULT_CONFIG, help="JSON configuration of the data"
+    )
+    parser.add_argument("--data_root", type=a_path, help=f"folder of the data set {of_it}")
     parser.add_argument("--task_name", help=f"task {of_it}")
     parser.add_argument("--task_setting", help=f"{', '.join(SETTINGS)} {of_it}")
-    parser.add_argument("--idxs_path", help="folder of the label index (inside the data root)")
+    parser.add_argument(
+        "--idxs_path", type=a_path, help="folder of the label index (inside the data root)"
+    )
     parser.add_argument(
         "--allow_val_in_train", choices=("on", "off"), default="off", help="images in both lists (off)"
     )
@@ -79,7 +84,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         data = load_config(args.config)[0].data
-        name, setting = args.task_name or data.task.name, args.task_setting or data.task.setting
+        name = data.task.name if args.task_name is None else args.task_name
+        setting = data.task.setting if args.task_setting is None else args.task_setting
         task = get_task(name, setting, data.dataset.classes)
         root = DataRoot(args.data_root or data.data_root, args.idxs_path, data.dataset)
         steps = read_splits(root, task, args.allow_val_in_train == "on")

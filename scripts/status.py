@@ -4,6 +4,7 @@ python scripts/status.py _saved_voc
 """
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from scripts.command_line import Parser
 from trainer.output import has_results
 from utils.checkpoint import read_json_object
 from utils.errors import UserError, exit_with
+from utils.program import a_path
 
 
 def duration(seconds: float) -> str:
@@ -26,12 +28,14 @@ def duration(seconds: float) -> str:
 
 
 def last_record(path: Path) -> dict | None:
-    """The last whole line of a step's metrics.jsonl; None if there is none yet."""
+    """The last whole line of a step's metrics.jsonl; None if there is none yet, or no record in it."""
     try:
         lines = path.read_bytes().splitlines(keepends=True)
-        return json.loads([line for line in lines if line.endswith(b"\n")][-1])
-    except (OSError, ValueError, IndexError):
+        record = json.loads([line for line in lines if line.endswith(b"\n")][-1])
+        whole = all(math.isfinite(record[key]) for key in ("epoch", "loss", "seconds"))
+    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
         return None
+    return record if whole else None
 
 
 def describe_step(config: Config, folder: Path, log_folder: Path, now: float) -> str:
@@ -74,7 +78,7 @@ def describe_run(run: Path, now: float) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("save_dir", type=Path, help="the --save_dir of the runs")
+    parser.add_argument("save_dir", type=a_path, help="the --save_dir of the runs")
     save_dir = parser.parse_args(argv).save_dir
     try:
         runs = sorted(path for path in (save_dir / "models").glob("*") if path.is_dir())

@@ -479,7 +479,10 @@ class TestBadInput:
             (("-r", "x.pth", "-c", "configs/config_voc.json", "--score", "-0.1"), "at least 0"),
             (("-r", "x.pth", "-c", "configs/config_voc.json", "--score", "nan"), "must be finite"),
             (("-r", "long" * 2000), "File name too long"),
-            (("-r", "README.md", "--output", "a\udc80"), "--output is 'a\\udc80'; a path must be"),
+            (
+                ("-r", "x.pth", "-c", "configs/config_voc.json", "--output", "a\udc80"),
+                "--output is 'a\\udc80'; a path must be",
+            ),
         ],
     )
     def test_flags_of_the_evaluation(self, command, monkeypatch, flags, words):

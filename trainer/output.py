@@ -103,7 +103,9 @@ def has_results(folder: Path) -> bool:
     known = _record(folder).get("metrics")
     if known is not None and known != json_digest(metrics):
         return False
-    return all(isinstance(metrics.get(m), dict) and metrics[m].keys() >= {*GROUPS} for m in METRICS)
+    values = [metrics[m] for m in METRICS if isinstance(metrics.get(m), dict)]
+    whole = [v for v in values if v.keys() >= {*GROUPS} and isinstance(v["overall"], (int, float))]
+    return len(whole) == len(METRICS)
 
 
 def _check_unchanged(folder):
@@ -422,6 +424,9 @@ def _restore_optimizer(optimizer, state):
     """
     own = dict(optimizer.state)
     groups = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
+    stored = [value for buffers in state["state"].values() for value in buffers.values()]
+    if any(torch.is_tensor(value) and not value.is_floating_point() for value in stored):
+        raise ValueError("a momentum has no real numbers")
     optimizer.load_state_dict(state)
     for group, settings in zip(optimizer.param_groups, groups, strict=True):
         group.update(settings)

@@ -27,6 +27,18 @@ TYPE_NAMES = {
 LARGEST = 3.4e38  # number of the tensors' type, float32
 
 
+def no_path(text: str) -> str | None:
+    """What keeps a text from being a path; None where it is one."""
+    if not text:
+        return "give a path, . for the folder of the call"
+    if not text.isprintable():
+        return "a path must be printable, in one line"
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        return "there is no such user, whose home it could begin with"
+
+
 def option(
     default: Any,
     help: str,

@@ -3,8 +3,11 @@
 Also Ctrl-C while PyTorch is imported, which takes seconds, and what a script lets pass.
 """
 
+import argparse
 import sys
+from pathlib import Path
 
+from utils.config import no_path
 from utils.errors import exit_with, explained, unexpected
 
 
@@ -15,6 +18,13 @@ def _one_line(kind, error, trace):
     except BaseException:
         line = explained(error) or unexpected()
     exit_with(line)
+
+
+def a_path(text: str) -> Path:
+    """A path on a script's command line, as the `type` of argparse; ~ is the home folder."""
+    if complaint := no_path(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no path: {complaint}")
+    return Path(text).expanduser()
 
 
 sys.excepthook = _one_line
