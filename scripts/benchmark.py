@@ -34,6 +34,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from configs.options import Config, DataSet
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
 from data_loader.data_root import DataRoot, read_image, read_label
@@ -57,7 +58,6 @@ from utils.checkpoint import save_checkpoint
 from utils.distributed import device, peak_memory
 from utils.errors import UserError, exit_with
 from utils.logging import log
-from utils.program import a_path
 from utils.visualize import VOID
 
 Work = Callable[[], object]
@@ -667,13 +667,20 @@ def parse(argv: list[str] | None) -> Namespace:
     """The flags; a value that no part can use ends the program with a line that says so."""
     parser = Parser(__doc__)
     parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling and table")
-    parser.add_argument("--data_root", type=a_path, help="a VOC 2012 folder (else images are drawn)")
+    parser.add_argument(
+        "--data_root", type=utils.program.a_path, help="a VOC 2012 folder (else images are drawn)"
+    )
     parser.add_argument("--backbone", default="resnet101", help="network (%(default)s)")
     parser.add_argument("--task", default="15-5", help="task of memory, paste and step (%(default)s)")
     parser.add_argument(
-        "--figure", type=a_path, metavar="PNG", help="where the part scaling draws its figure"
+        "--figure",
+        type=utils.program.a_path,
+        metavar="PNG",
+        help="where the part scaling draws its figure",
     )
-    parser.add_argument("--json", type=a_path, metavar="FILE", help="write the figures to this file")
+    parser.add_argument(
+        "--json", type=utils.program.a_path, metavar="FILE", help="write the figures to this file"
+    )
     parser.add_argument(
         "--data",
         choices=("loader", "memory"),

@@ -27,11 +27,11 @@ from PIL import Image
 from scipy import ndimage
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import utils.program
 from configs.options import DataSet
 from data_loader.data_root import read_lines
 from scripts.command_line import Parser
 from utils.errors import UserError
-from utils.program import a_path
 from utils.visualize import VOID, label_image
 
 Spot = tuple[float, float]
@@ -320,13 +320,17 @@ def label_files(root: Path, split: str) -> list[Path]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("--output", type=a_path, required=True, help="new or empty folder")
+    parser.add_argument(
+        "--output", type=utils.program.a_path, required=True, help="new or empty folder"
+    )
     parser.add_argument("--train", type=int, default=700, help="training images (%(default)s)")
     parser.add_argument("--val", type=int, default=150, help="validation images (%(default)s)")
     parser.add_argument("--size", type=int, default=128, help="longer side, up to 1.25 times this")
     parser.add_argument("--seed", type=int, default=0, help="random seed (%(default)s)")
     parser.add_argument("--classes", type=int, default=CLASSES, help="number of classes (%(default)s)")
-    parser.add_argument("--labels", type=a_path, help="VOC root whose label maps are painted")
+    parser.add_argument(
+        "--labels", type=utils.program.a_path, help="VOC root whose label maps are painted"
+    )
     args = parser.parse_args(argv)
     try:
         make_synthetic_voc(

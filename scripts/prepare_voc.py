@@ -33,6 +33,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from data_loader.data_loaders import cores
 from data_loader.data_root import (
     SPLITS,
@@ -48,7 +49,6 @@ from scripts.command_line import Parser
 from utils.checkpoint import locked, write_atomically
 from utils.distributed import loader_processes
 from utils.errors import UserError, exit_with, explained
-from utils.program import a_path
 from utils.visualize import VOID, label_image, voc_palette
 
 AUGMENTED, PLAIN, LISTS = "SegmentationClassAug", "SegmentationClass", "ImageSets/Segmentation"
@@ -387,9 +387,14 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "--root", type=a_path, required=True, help="the VOC 2012 folder, made if it does not exist"
+        "--root",
+        type=utils.program.a_path,
+        required=True,
+        help="the VOC 2012 folder, made if it does not exist",
     )
-    parser.add_argument("--archives", type=a_path, help="folder of the archives (ROOT/archives)")
+    parser.add_argument(
+        "--archives", type=utils.program.a_path, help="folder of the archives (ROOT/archives)"
+    )
     parser.add_argument("--check", action="store_true", help="check only: nothing is written")
     args = parser.parse_args(argv)
     root, archives = args.root, args.archives

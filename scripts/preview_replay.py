@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import utils.program
 from configs.options import parse_train
 from data_loader.data_loaders import StepData
 from data_loader.dataset import MEAN, STD
@@ -25,7 +26,6 @@ from trainer.output import previous_checkpoint
 from utils.checkpoint import write_atomically
 from utils.distributed import launch
 from utils.errors import UserError
-from utils.program import a_path
 from utils.visualize import VOID, sheet, voc_palette, with_legend
 
 TITLES = ["image", "labels", "with pseudo labels", "with instances", "their weight, light: 1"]
@@ -101,7 +101,7 @@ def photograph(image: torch.Tensor) -> np.ndarray:
 
 def main() -> None:
     parser = Parser(__doc__, epilog="further flags are those of train_voc.py")
-    parser.add_argument("--output", type=a_path, required=True, help="PNG to write")
+    parser.add_argument("--output", type=utils.program.a_path, required=True, help="PNG to write")
     parser.add_argument("--images", type=int, default=6, help="composites, half of them replay images")
     parser.add_argument("--epoch", type=int, default=1, help="epoch whose randomness is shown")
     options, rest = parser.parse_known_args()

@@ -15,13 +15,13 @@ from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from configs.options import load_config
 from data_loader.tasks import get_task
 from scripts.command_line import Parser
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
 from utils.errors import UserError, exit_with
 from utils.metrics import FOOTNOTE
-from utils.program import a_path
 
 INTRODUCTION = """# Results
 
@@ -308,7 +308,9 @@ def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
     parser.add_argument(
-        "folder", type=a_path, help="of a run (step_0, ...) or of experiments (results.csv)"
+        "folder",
+        type=utils.program.a_path,
+        help="of a run (step_0, ...) or of experiments (results.csv)",
     )
     folder = parser.parse_args(argv).folder
     try:

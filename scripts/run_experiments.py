@@ -34,6 +34,7 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from configs.options import Config, load_config, read_train
 from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
@@ -43,7 +44,6 @@ from scripts.status import duration
 from trainer.output import is_finished
 from utils.checkpoint import final_checkpoint, locked
 from utils.errors import UserError, exit_with
-from utils.program import a_path
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
@@ -458,12 +458,16 @@ def _main(arguments):
 
 def main() -> None:
     parser = Parser(__doc__)
-    parser.add_argument("experiment", type=a_path, help="JSON file; configs/experiments has some")
     parser.add_argument(
-        "--save_dir", type=a_path, help="folder of the runs, instead of the experiment's"
+        "experiment", type=utils.program.a_path, help="JSON file; configs/experiments has some"
     )
     parser.add_argument(
-        "--output", type=a_path, help="folder of results.csv (default: <save_dir>/<experiment's name>)"
+        "--save_dir", type=utils.program.a_path, help="folder of the runs, instead of the experiment's"
+    )
+    parser.add_argument(
+        "--output",
+        type=utils.program.a_path,
+        help="folder of results.csv (default: <save_dir>/<experiment's name>)",
     )
     parser.add_argument("--seeds", type=int, nargs="+", help="run only these of the experiment's seeds")
     parser.add_argument("--methods", nargs="+", help="run only these of its methods")

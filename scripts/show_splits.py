@@ -10,13 +10,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from configs.options import DEFAULT_CONFIG, load_config
 from data_loader.data_loaders import cores
 from data_loader.data_root import DataRoot
 from data_loader.tasks import SETTINGS, Task, get_task
 from scripts.command_line import Parser
 from utils.errors import UserError, exit_with
-from utils.program import a_path
 
 SPLITS = {"train": "train", "val": "val", "test": "val"}  # split -> the list it is chosen from
 
@@ -69,13 +69,21 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     of_it = "(that of the configuration)"
     parser.add_argument(
-        "-c", "--config", type=a_path, default=DEFAULT_CONFIG, help="JSON configuration of the data"
+        "-c",
+        "--config",
+        type=utils.program.a_path,
+        default=DEFAULT_CONFIG,
+        help="JSON configuration of the data",
     )
-    parser.add_argument("--data_root", type=a_path, help=f"folder of the data set {of_it}")
+    parser.add_argument(
+        "--data_root", type=utils.program.a_path, help=f"folder of the data set {of_it}"
+    )
     parser.add_argument("--task_name", help=f"task {of_it}")
     parser.add_argument("--task_setting", help=f"{', '.join(SETTINGS)} {of_it}")
     parser.add_argument(
-        "--idxs_path", type=a_path, help="folder of the label index (inside the data root)"
+        "--idxs_path",
+        type=utils.program.a_path,
+        help="folder of the label index (inside the data root)",
     )
     parser.add_argument(
         "--allow_val_in_train", choices=("on", "off"), default="off", help="images in both lists (off)"

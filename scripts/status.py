@@ -11,13 +11,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from configs.options import Config, load_config
 from data_loader.tasks import get_task
 from scripts.command_line import Parser
 from trainer.output import has_results
 from utils.checkpoint import read_json_object
 from utils.errors import UserError, exit_with
-from utils.program import a_path
 
 
 def duration(seconds: float) -> str:
@@ -78,7 +78,7 @@ def describe_run(run: Path, now: float) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
     parser = Parser(__doc__)
-    parser.add_argument("save_dir", type=a_path, help="the --save_dir of the runs")
+    parser.add_argument("save_dir", type=utils.program.a_path, help="the --save_dir of the runs")
     save_dir = parser.parse_args(argv).save_dir
     try:
         runs = sorted(path for path in (save_dir / "models").glob("*") if path.is_dir())
