@@ -6,7 +6,6 @@ reads JSON files and command lines by that, writes the help, and compares two co
 
 import os
 import sys
-from argparse import RawDescriptionHelpFormatter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -874,7 +873,6 @@ def _read(arguments, config, call, program, about):
         epochs=config.trainer.epochs,
     )
     parser = Parser(program, described)
-    parser.formatter_class = RawDescriptionHelpFormatter
     for target in (call, config):
         add_flags(parser, target)
     parsed = parser.parse_args(arguments)

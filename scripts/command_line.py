@@ -1,29 +1,19 @@
 """The command line of the scripts."""
 
-import argparse
 from typing import NoReturn
 
+from utils import config
 from utils.errors import UserError, exit_with
 
 
-class Parser(argparse.ArgumentParser):
-    """A command line whose help is a module's docstring as it stands, with its examples, and whose
-    errors are one line and exit code 2. Flags are never abbreviated."""
+class Parser(config.Parser):
+    """A command line whose help is a docstring, and whose errors end the process in one line."""
 
     def __init__(self, docstring: str, **settings):
-        super().__init__(
-            description=docstring,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-            **settings,
-        )
+        super().__init__(None, docstring, **settings)
 
     def error(self, message: str) -> NoReturn:
-        exit_with(UserError(f"{message} ({self.prog} --help lists the flags)"))
-
-    def parse_known_args(self, args=None, namespace=None):
-        """As in argparse; what its own code trips over (such as `--seed --`) is an error line too."""
         try:
-            return super().parse_known_args(args, namespace)
-        except IndexError:
-            self.error("a flag lacks its value")
+            super().error(message)
+        except UserError as error:
+            exit_with(error)

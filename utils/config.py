@@ -227,21 +227,29 @@ def _nearest(key, where, known):
 
 
 class Parser(argparse.ArgumentParser):
-    """A command line whose errors are UserErrors, and whose flags are never abbreviated."""
+    """A command line whose help shows its description as it stands, with examples; whose errors are
+    UserErrors; and whose flags are never abbreviated."""
 
-    def __init__(self, program: str, description: str):
-        super().__init__(program, description=description, allow_abbrev=False)
+    def __init__(self, program: str | None, description: str, **settings):
+        form = argparse.RawDescriptionHelpFormatter
+        super().__init__(
+            program, description=description, formatter_class=form, allow_abbrev=False, **settings
+        )
 
     def error(self, message: str) -> typing.NoReturn:
         raise UserError(f"{message} ({self.prog} --help lists the flags)")
 
-    def parse_args(self, args=None, namespace=None):
+    def parse_known_args(self, args=None, namespace=None):
         """As in argparse; what its own code trips over (such as `--seed --`) is a UserError too."""
         try:
-            parsed = super().parse_args(args, namespace)
+            return super().parse_known_args(args, namespace)
         except IndexError:
             self.error("a flag lacks its value")
-        if any(isinstance(value, list) for value in vars(parsed).values()):  # `--seed=--`
+
+    def parse_args(self, args=None, namespace=None):
+        """As in argparse; a flag whose value is lost (such as `--seed=--`) is a UserError too."""
+        parsed = super().parse_args(args, namespace)
+        if any(isinstance(value, list) and not value for value in vars(parsed).values()):
             self.error("a flag lacks its value")
         return parsed
 
