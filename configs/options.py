@@ -274,11 +274,17 @@ class DataSet:
         complain=_no_patterns,
     )
     counts: list[int] = option(
-        [10582, 1449],
-        "how many images its lists have where it is whole, to be compared with",
+        [],
+        "how many images its lists have where it is whole, to be compared with; those of VOC 2012, "
+        "under this name, are known",
         complain=_no_counts,
         incidental=True,
     )
+
+    @property
+    def whole(self) -> list[int]:
+        """Training and validation images of the whole data set; empty where that is not known."""
+        return self.counts or ([10582, 1449] if self.name == "VOC 2012" else [])
 
 
 @dataclass

@@ -137,8 +137,8 @@ class StepData:
         """Write to the log where images and labels come from, and what is doubtful about them."""
         train, val = self.lists["train"], self.lists["val"]
         counts = [len(train.ids), len(val.ids)]
-        if self.set.counts and counts != self.set.counts:
-            found, whole = (f"{a:,} and {b:,}" for a, b in (counts, self.set.counts))
+        if self.set.whole and counts != self.set.whole:
+            found, whole = (f"{a:,} and {b:,}" for a, b in (counts, self.set.whole))
             log.info(f"training and validation images: {found} (the whole of {self.set.name}: {whole})")
         both = in_both(train, val)
         if both:

@@ -338,7 +338,7 @@ def check(root: Path) -> bool:
     """Print a report on a data root; returns whether training can start. Writes nothing."""
     data, lists, results, problems, notes = DataRoot(root), {}, [], [], []
     print(f"\n{data.root}")
-    for split, whole in zip(SPLITS, data.set.counts, strict=True):
+    for split, whole in zip(SPLITS, data.set.whole, strict=True):
         try:
             images = lists[split] = data.read_list(split)
         except UserError as error:

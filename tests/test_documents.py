@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from configs.options import DataSet, load_config
+from data_loader.tasks import get_task
+
 PROJECT = Path(__file__).resolve().parents[1]
 DOCUMENTS = sorted([PROJECT / "README.md", *(PROJECT / "docs").glob("*.md")])
 
@@ -34,3 +37,15 @@ def test_scripts_and_configurations_that_it_names_exist(document):
     )
     placeholders = {name for name in named if "NAME" in name}
     assert not [name for name in sorted(named - placeholders) if not (PROJECT / name).is_file()]
+
+
+def test_the_readmes_description_of_a_data_set_is_one(tmp_path):
+    (found,) = re.findall(r"```json\n(.*?)```", (PROJECT / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "mine.json").write_text(found)
+    config, ignored = load_config(tmp_path / "mine.json")
+    classes = config.data.dataset.classes
+    assert not ignored and [len(s) for s in get_task(config.task.name, "overlap", classes).steps] == [
+        4,
+        3,
+    ]
+    assert config.data.dataset.whole == [] and DataSet().whole == [10582, 1449]

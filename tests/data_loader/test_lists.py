@@ -207,8 +207,8 @@ class TestDescription:
         line = "training and validation images: 60 and 20 (the whole of VOC 2012: 10,582 and 1,449)"
         assert ("info", line) in logged
         logged.clear()
-        for counts in ([60, 20], []):
-            data.set.counts = counts
+        for name, counts in (("VOC 2012", [60, 20]), ("another set", [])):
+            data.set.name, data.set.counts = name, counts
             data.describe()
         assert not [line for _, line in logged if "the whole of" in line]
 
