@@ -36,8 +36,8 @@ def preview(config, call, options) -> None:
         raise UserError("step 0 replays nothing: give --task_step 1 or higher")
     if config.method != "eir":
         raise UserError(f"--method {config.method} pastes nothing: there is nothing to preview")
-    if options.images < 1 or options.epoch < 1:
-        raise UserError("--images and --epoch start at 1")
+    if not (1 <= options.images <= 1000 and 1 <= options.epoch <= 1_000_000):
+        raise UserError("--images goes from 1 to 1000, --epoch from 1 to 1000000")
     if options.output.suffix.lower() != ".png":
         raise UserError(f"--output is {options.output}; give the name of a .png file")
     if not options.output.parent.is_dir():

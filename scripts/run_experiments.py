@@ -91,7 +91,7 @@ def read_experiment(path: Path) -> dict:
     """The experiment's JSON object; UserError for unknown or missing keys and wrong types."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read the experiment {path}: {error}") from None
     if not isinstance(content, dict) or set(content) != set(KEYS):
         keys = ", ".join(KEYS)

@@ -53,8 +53,8 @@ def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, cap
     ("step", "wrong", "line"),
     [
         (0, {}, "step 0 replays nothing"),
-        (1, {"images": 0}, "start at 1"),
-        (1, {"epoch": 0}, "start at 1"),
+        (1, {"images": 0}, "from 1 to"),
+        (1, {"epoch": 0}, "from 1 to"),
         (1, {"output": "sheet.foo"}, "give the name of a .png file"),
         (1, {"output": "none/sheet.png"}, "no folder"),
         (1, {"method": "dkd"}, "--method dkd pastes nothing"),
