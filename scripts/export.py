@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from configs.options import Config
 from data_loader.dataset import MEAN, STD
 from models.deeplabv3 import DeepLabV3
@@ -169,7 +170,10 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_flags(parser)
     parser.add_argument(
-        "--output", type=Path, required=True, help="FILE.safetensors, FILE.pth or FILE.onnx"
+        "--output",
+        type=utils.program.a_path,
+        required=True,
+        help="FILE.safetensors, FILE.pth or FILE.onnx",
     )
     launch(export, Config(), parser.parse_args(argv))
 

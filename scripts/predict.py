@@ -17,6 +17,7 @@ from PIL import Image, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from configs.options import Config
 from data_loader.data_root import DataRoot, check_photograph, read_label, reading
 from scripts.command_line import Parser
@@ -174,12 +175,18 @@ def write(path: Path, picture: Image.Image) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_flags(parser, nargs="+")
-    parser.add_argument("--input", type=Path, required=True, help="a photograph, or a folder of them")
-    parser.add_argument("--output", type=Path, required=True, help="folder for the pictures")
+    parser.add_argument(
+        "--input", type=utils.program.a_path, required=True, help="a photograph, or a folder of them"
+    )
+    parser.add_argument(
+        "--output", type=utils.program.a_path, required=True, help="folder for the pictures"
+    )
     parser.add_argument("--score", type=float, default=0.5, help="score that a class needs (0.5)")
     parser.add_argument("--compare", action="store_true", help="a sheet of several steps' predictions")
     parser.add_argument(
-        "--labels", type=Path, help="folder of labels NAME.png to compare with (the data set's own)"
+        "--labels",
+        type=utils.program.a_path,
+        help="folder of labels NAME.png to compare with (the data set's own)",
     )
     args = parser.parse_args(argv)
     launch(predict_all, Config(), args)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import utils.program
 from configs.options import Config
 from data_loader.data_loaders import StepData
 from data_loader.dataset import normalize
@@ -176,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = Parser(__doc__)
     add_flags(parser, nargs="+")
     parser.add_argument("--data_root", help="folder of the data set (that of the configuration)")
-    parser.add_argument("--output", type=Path, required=True, help="PNG to write")
+    parser.add_argument("--output", type=utils.program.a_path, required=True, help="PNG to write")
     parser.add_argument("--pixels", type=int, default=100, help="pixels of each class (100)")
     parser.add_argument(
         "--seed", type=int, default=0, help="which pixels, and how they are laid out (0)"
