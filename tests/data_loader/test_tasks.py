@@ -122,7 +122,7 @@ def test_the_releases_other_names_of_5_3(name):
 def test_unknown_tasks_are_refused_with_those_that_exist(name):
     with pytest.raises(UserError) as refused:
         get_task(name, "overlap")
-    assert repr(name) in str(refused.value)
+    assert repr(name)[:100] in str(refused.value)
     for known in ("19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3", "joint", "15-1_b"):
         assert known in str(refused.value)
 
