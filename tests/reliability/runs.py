@@ -75,6 +75,8 @@ class Run:
         beside = Path(arguments[arguments.index("--save_dir") + 1]).parent
         self.output = (output or beside) / f"out_{time.time_ns()}"
         self.output.mkdir(parents=True)
+        for name in ("stdout", "stderr"):  # here, since the process may be killed before it makes them
+            (self.output / name).touch()
         self.process = _processes.Process(
             target=_work, args=(command, arguments, self.output, prepare, environment or {})
         )
@@ -115,7 +117,7 @@ def _work(command, arguments, output, prepare, environment):
     os.environ.update({"CUDA_VISIBLE_DEVICES": "", **environment})
     for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
         stream.flush()
-        file = os.open(output / name, os.O_CREAT | os.O_WRONLY)
+        file = os.open(output / name, os.O_WRONLY)
         os.dup2(file, stream.fileno())
         os.close(file)
     signal.signal(signal.SIGINT, signal.default_int_handler)
