@@ -62,7 +62,7 @@ def test_a_scripts_help_has_examples_of_flags_that_it_knows(script, parse):
 
 
 @pytest.mark.parametrize("script", ENTRY_POINTS)
-def test_help_and_wrong_use_of_each_entry_point(script):
+def test_help_of_each_entry_point(script):
     result = run_script(script, "--help")
     assert result.returncode == 0 and result.stdout.startswith(f"usage: {script.split('/')[-1]} ")
     found = examples(result.stdout, script)
@@ -73,9 +73,24 @@ def test_help_and_wrong_use_of_each_entry_point(script):
         assert [flag for flag, _ in found] == ["-r"]
         with pytest.raises(Exception, match="no checkpoint at"):
             read_eval(found[0])
-    wrong = ("-r", "x.pth", "-c", "configs/config_voc.json") if script.startswith("eval") else ()
-    line = error_line(run_script(script, *wrong, "--no_such_flag"))
-    assert line.endswith(f"({script.split('/')[-1]} --help lists the flags)")
+
+
+@pytest.mark.parametrize("script", sorted({*ENTRY_POINTS} - {*SCRIPTS}))
+def test_wrong_use_of_a_program(script):
+    needed = ("-r", "x.pth", "-c", "configs/config_voc.json") if script.startswith("eval") else ()
+    line = error_line(run_script(script, *needed, "--no_such_flag"))
+    assert line.endswith(f"({script} --help lists the flags)")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_wrong_use_of_a_script(script, monkeypatch, capsys):
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    monkeypatch.setattr("sys.argv", [script, "--no_such_flag"])
+    with pytest.raises(SystemExit) as stop:
+        module.main()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and len(error.splitlines()) == 1
+    assert error.endswith(f"({script.split('/')[-1]} --help lists the flags)\n")
 
 
 @pytest.mark.parametrize("script", ["demo.sh", "test.sh", "train_voc.sh"])
