@@ -6,10 +6,7 @@
 #   bash scripts/demo.sh
 set -euo pipefail
 
-case "${1:-}" in -h | --help)
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    exit ;;
-esac
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 if [ $# -gt 0 ]; then
     echo "error: demo.sh takes no arguments, such as $1 (--help says what it does)" >&2
     exit 2

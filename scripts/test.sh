@@ -4,10 +4,7 @@
 #   bash scripts/test.sh -m slow tests/reliability
 set -euo pipefail
 
-case "${1:-}" in -h | --help)
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    exit ;;
-esac
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 WITH_DEV=1
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 

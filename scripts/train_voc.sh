@@ -8,10 +8,7 @@
 # number, or "evaluation" (see scripts/train_voc.slurm). The report is the first node's.
 set -euo pipefail
 
-case "${1:-}" in -h | --help)
-    sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
-    exit ;;
-esac
+source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
 if [ $# -lt 2 ]; then
     echo "error: give task and setting, such as: bash scripts/train_voc.sh 5-3 overlap" >&2
     exit 2
