@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils.program
@@ -55,12 +54,10 @@ def _preview(config, previous, options):
     trainer.prepare()
     colours = voc_palette()[[0, *trainer.data.task.order]]
     rows = [row for batch in first_batch(trainer, options) for row in pictures(trainer, batch, colours)]
-    sheet(options.output, rows, TITLES)
     task, step = trainer.data.task, trainer.data.step
     names = dict(zip([0, *task.seen(step)], task.class_names(step), strict=True))
-    with Image.open(options.output) as drawn:
-        explained = with_legend(drawn.convert("RGB"), {**names, VOID: "void"}, 20)
-    write_atomically(options.output, lambda file: explained.save(file, "PNG"))
+    picture = with_legend(sheet(rows, TITLES), {**names, VOID: "void"}, 20)
+    write_atomically(options.output, lambda file: picture.save(file, "PNG"))
     print(f"{len(rows)} composites of step {trainer.data.step}: {options.output}")
 
 

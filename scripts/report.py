@@ -190,10 +190,8 @@ def comparison_table(comparison: Comparison) -> str:
         text += f"\n{markdown([HEADER, *cells])}"
     if comparison.without_images:
         names = ", ".join(comparison.without_images)
-        text += (
-            f"\n{names}: no image to learn from, or none to test on, so that an IoU of 0 is no error "
-        )
-        text += "of the models; the means count it\n"
+        text += f"\n{names}: no image to learn from, or none to test on, so that an IoU of 0 is no "
+        text += "error of the models; the means count it\n"
     if comparison.unfinished:
         text += f"\nunfinished: {'; '.join(comparison.unfinished)}\n"
     if results:

@@ -1,5 +1,6 @@
 """Label maps: the void label, the VOC palette, and pictures of them."""
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -92,8 +93,8 @@ def _font(size):
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", size)
 
 
-def sheet(path: Path, rows: list[list[np.ndarray]], titles: list[str]) -> None:
-    """Write a PNG of pictures in rows and titled columns.
+def sheet(rows: list[list[np.ndarray]], titles: list[str]) -> Image.Image:
+    """Pictures in rows and titled columns.
 
     A picture is uint8 [H, W, 3], or float [H, W] in [0, 1], shown as a heat map.
     """
@@ -110,5 +111,7 @@ def sheet(path: Path, rows: list[list[np.ndarray]], titles: list[str]) -> None:
         axes.imshow(picture, vmin=0, vmax=1, cmap="magma")
         axes.axis("off")
     figure.tight_layout(pad=0.3)
-    figure.savefig(path, dpi=100)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100)
     plt.close(figure)
+    return Image.open(drawn).convert("RGB")

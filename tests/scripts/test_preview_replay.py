@@ -26,9 +26,9 @@ def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, cap
     before = snapshot(tmp_path / "models")
     drawn, sheet = [], preview_replay.sheet
 
-    def keep(path, rows, titles):
+    def keep(rows, titles):
         drawn.extend(rows)
-        sheet(path, rows, titles)
+        return sheet(rows, titles)
 
     monkeypatch.setattr(preview_replay, "sheet", keep)
     config = small_config(voc_root, tmp_path, task_step=1, mem_size=10)
