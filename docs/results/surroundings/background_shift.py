@@ -1,6 +1,8 @@
 """How much of what is unlabelled in the training images of a step shows an old class (overlap).
 
-python docs/results/surroundings/background_shift.py configs/config_photographs_animals.json
+python docs/results/surroundings/background_shift.py -c configs/config_photographs_animals.json
+
+The flags are those of train_voc.py.
 """
 
 import sys
@@ -8,12 +10,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
-from configs.options import load_config
+from configs.options import parse_train
 from data_loader.data_root import DataRoot
 from data_loader.tasks import get_task
 
 if __name__ == "__main__":
-    data = load_config(sys.argv[1])[0].data
+    data = parse_train(sys.argv[1:])[0].data
     task = get_task(data.task.name, "overlap", data.dataset.classes)
     root = DataRoot(data.data_root, description=data.dataset)
     index = root.index(root.read_list("train"), 2)
