@@ -481,10 +481,12 @@ class PasteArgs:
         low=0.01,
         used=WITH_PASTES,
     )
-    on_replay: bool = option(
-        True,
-        "paste on replay images too",
+    on_replay: str = option(
+        "on",
+        "paste on replay images too; only: on them alone",
         "--paste_on_replay",
+        choices=("on", "off", "only"),
+        old={True: "on", False: "off"},
         used=WITH_PASTES,
     )
     augment: str = option(

@@ -215,8 +215,8 @@ class PasteAugmentation:
         """Decide what is pasted where."""
         settings, bank = self.settings, self.bank
         classes, used, fill_in = self.combine_classes(given, labels, numbers["classes"])
-        if not settings.on_replay:
-            used = used & ~replayed[:, None]
+        if settings.on_replay != "on":
+            used = used & (replayed if settings.on_replay == "only" else ~replayed)[:, None]
 
         # a random entry of each class's list, and one of the entry's views
         entry = bank.entries[classes, _pick(numbers["entry"], bank.count[classes])]

@@ -204,7 +204,7 @@ def _paste_into(
     image = image.clone()
     soft = torch.stack([labels == c for c in range(total)]).double()
     result = Pasted(image, soft, [])
-    if replayed and not settings.on_replay:
+    if settings.on_replay == ("off" if replayed else "only"):
         return result
 
     chosen = choose_classes(settings, memory, channels, given, labels, numbers["classes"])

@@ -143,7 +143,7 @@ SETTINGS = st.builds(
     fusion=st.sampled_from([True, True, False]),
     fill_in=st.sampled_from(["best", "best", "next", "none"]),
     max_upscale=st.sampled_from([None, None, 1.0, 0.3, 2.5]),
-    on_replay=st.booleans(),
+    on_replay=st.sampled_from(["on", "off", "only"]),
     augment=st.sampled_from(["crop", "crop", "stretch", "off"]),
 )
 SIDES = st.sampled_from([1, 2, 3, 7, 20, 60, 130])
@@ -347,11 +347,10 @@ class TestClassCombination:
         assert all(len(set(c)) == 3 for c in chosen)
         assert min(sum(k in c for c in chosen) for k in range(1, 7)) > 50
 
-    def test_replay_images_are_left_alone_on_request(self):
-        arguments = squares(7), label_map(), label_map(2, 5), 7
-        assert plans(PasteArgs(), *arguments, replayed=True).used.any()
-        assert not plans(PasteArgs(on_replay=False), *arguments, replayed=True).used.any()
-        assert plans(PasteArgs(on_replay=False), *arguments, replayed=False).used.any()
+    @pytest.mark.parametrize("on_replay, onto", [("on", {0, 1}), ("off", {0}), ("only", {1})])
+    def test_replay_images_or_new_ones_are_left_alone_on_request(self, on_replay, onto):
+        arguments = PasteArgs(on_replay=on_replay), squares(7), label_map(), label_map(2, 5), 7
+        assert {r for r in (0, 1) if plans(*arguments, replayed=bool(r)).used.any()} == onto
 
 
 class TestSelectionAndPosition:
@@ -668,7 +667,7 @@ def waiting_case(**switches):
 SWITCHES = [
     {},
     {"class_combination": False, "position": False, "fusion": False},
-    {"fill_in": "next", "on_replay": False, "augment": "off", "max_upscale": 2.0},
+    {"fill_in": "next", "on_replay": "off", "augment": "off", "max_upscale": 2.0},
     {"fill_in": "none", "lambda_min": 0.5, "pastes": 1},
 ]
 
