@@ -13,16 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import trainer.incremental
 from configs.options import parse_train
 from data_loader.paste import Bank, PasteAugmentation
+from scripts.plain import plain_bce, plain_soft_labels
 from trainer.run import train
 from utils.distributed import launch
-from utils.visualize import VOID
 
 bank_of_objects, fuse_objects = Bank.__init__, PasteAugmentation.fuse
 
@@ -54,15 +53,10 @@ def fuse(paste, images, plan):
 
 
 def bce_sum(logits, labels, classes, weights, pos_weight):
-    """models.losses.bce_sum where pastes of the background have no pos_weight."""
-    valid = labels != VOID
-    labels = torch.where(valid, labels, 0).long()[None]
-    target = torch.zeros_like(logits).scatter(0, labels, (1 - weights.sum(dim=0))[None])
-    target = target.index_add(0, classes, weights)
-    positive = torch.full_like(logits[:, :1, :1], pos_weight)
-    positive[0] = 1
-    cost = positive * target * F.softplus(-logits) + (1 - target) * F.softplus(logits)
-    return (cost.sum(dim=0) * valid).sum()
+    """models.losses.bce_sum where pastes of the background have no pos_weight, by the plain one."""
+    image = logits[None], labels[None], classes[None], weights[None]
+    soft = plain_soft_labels(*image[1:], len(logits))
+    return plain_bce(image[0], soft, image[1], pos_weight).sum()
 
 
 def main() -> None:
