@@ -20,6 +20,7 @@ from trainer import output
 from trainer.evaluate import evaluate
 from trainer.meter import Meter
 from trainer.setup import (
+    PolySchedule,
     check_batch_size,
     make_optimizer,
     micro_batches,
@@ -142,9 +143,8 @@ class Trainer:
                 f"process has {pieces} images"
             )
         iterations = config.trainer.epochs * len(self.batches)
-        self.scheduler = torch.optim.lr_scheduler.PolynomialLR(
-            self.optimizer, iterations, config.lr_scheduler.args.power
-        )
+        poly = config.lr_scheduler.args
+        self.scheduler = PolySchedule(self.optimizer, iterations, poly.power, poly.warmup)
         self.made_from = output.made_from(self)
         if self.resumed:
             output.restore(self, self.resumed, self.resume)

@@ -450,10 +450,10 @@ def _restore_schedule(trainer, state, done):
     if state["last_epoch"] != done:
         raise ValueError(f"its schedule is at iteration {state['last_epoch']}, its weights at {done}")
     rates = [group["lr"] for group in trainer.optimizer.param_groups]
-    left = (1 - done / scheduler.total_iters) ** scheduler.power
     for rate, base in zip(rates, scheduler.base_lrs, strict=True):
-        if not math.isclose(rate, base * left, rel_tol=1e-5, abs_tol=1e-12):
-            raise ValueError(f"its learning rate is {rate}, where the schedule has {base * left}")
+        planned = base * scheduler.factor(done)
+        if not math.isclose(rate, planned, rel_tol=1e-5, abs_tol=1e-12):
+            raise ValueError(f"its learning rate is {rate}, where the schedule has {planned}")
     place = {"last_epoch": done, "_step_count": done + 1, "_last_lr": rates}
     scheduler.load_state_dict({**scheduler.state_dict(), **place})
 

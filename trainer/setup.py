@@ -116,3 +116,18 @@ def make_optimizer(config: Config, groups: list[dict]) -> torch.optim.Optimizer:
             for p in group["params"]:
                 optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
+
+
+class PolySchedule(torch.optim.lr_scheduler.PolynomialLR):
+    """The poly schedule of each parameter group; over the first `warmup` iterations it rises to it."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, iterations: int, power: float, warmup: int):
+        self.warmup = warmup
+        super().__init__(optimizer, iterations, power)
+
+    def factor(self, i: int) -> float:
+        """What the learning rate of iteration i is multiplied by, in [0, 1]."""
+        return min(1, (i + 1) / (self.warmup + 1)) * (1 - i / self.total_iters) ** self.power
+
+    def get_lr(self) -> list[float]:
+        return [base * self.factor(self.last_epoch) for base in self.base_lrs]

@@ -65,9 +65,13 @@ class TestLossAndOptimiser:
             if parameter.requires_grad:
                 assert (found[name] - parameter.grad).abs().max() < 1e-9, name
 
-    def test_first_iterations_equal_plain_sgd_with_the_poly_schedule(self, step_0):
-        """Backbone at the learning rate, all else at ten times that; weight decay on everything."""
-        trainer = step_0(freeze_bn=True, epochs=3)
+    @pytest.mark.parametrize("warmup", [0, 2])
+    def test_first_iterations_equal_plain_sgd_with_the_poly_schedule(self, step_0, warmup):
+        """Backbone at the learning rate, all else at ten times that; weight decay on everything.
+
+        Warm-up of 2 iterations: a third and two thirds of what the schedule has, then all of it.
+        """
+        trainer = step_0(freeze_bn=True, epochs=3, warmup=warmup)
         total = 3 * len(trainer.batches)
         model = DeepLabV3([5], "tiny")
         model.load_state_dict(trainer.model.state_dict())
@@ -83,7 +87,7 @@ class TestLossAndOptimiser:
             model.zero_grad()
             cost = plain_bce(model(batch.images), one_hot(batch.labels), batch.labels)
             (cost.sum() / (batch.labels != 255).sum()).backward()
-            decay = (1 - i / total) ** 0.9
+            decay = (1 - i / total) ** 0.9 * ([1 / 3, 2 / 3, 1][i] if warmup else 1)
             with torch.no_grad():
                 for name, p in model.named_parameters():
                     if isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.BatchNorm2d):
