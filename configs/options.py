@@ -580,7 +580,9 @@ class Hyperparameter:
 @dataclass
 class PolyArgs:
     power: float = option(0.9, "exponent of the poly schedule", low=0)
-    warmup: int = option(0, "iterations over which the learning rate rises to its value", "--warmup", low=0)
+    warmup: int = option(
+        0, "iterations over which the learning rate rises to its value", "--warmup", low=0
+    )
 
 
 @dataclass
