@@ -147,9 +147,12 @@ class TestSameWeights:
     @pytest.fixture(scope="class")
     @staticmethod
     def reference(voc_root, tmp_path_factory, module_cpu):
-        """A step's folder with checkpoints after epochs 1 to 4 of an uninterrupted run, 0 workers."""
+        """A step's folder with checkpoints after epochs 1 to 4 of an uninterrupted run, 0 workers.
+
+        The learning rate still rises after the first epoch.
+        """
         folder = tmp_path_factory.mktemp("reference")
-        config = small_config(voc_root, folder, epochs=4, trainer__save_period=1)
+        config = small_config(voc_root, folder, epochs=4, warmup=20, trainer__save_period=1)
         run(config)
         return config.step_dir()
 
@@ -157,14 +160,15 @@ class TestSameWeights:
     def test_resumed_run_equals_the_uninterrupted_one(
         self, reference, voc_root, tmp_path, after, workers
     ):
-        config = small_config(voc_root, tmp_path, epochs=4, num_workers=workers)
+        config = small_config(voc_root, tmp_path, epochs=4, warmup=20, num_workers=workers)
         run(config, resume=str(reference / f"checkpoint-epoch{after}.pth"))
         assert_same_step(reference, config.step_dir(), "checkpoint-epoch4.pth")
         records = (config.step_dir(kind="log") / "metrics.jsonl").read_text().splitlines()
         assert [json.loads(r)["epoch"] for r in records] == list(range(after + 1, 5))
 
     def test_workers_and_validation_change_nothing(self, reference, voc_root, tmp_path):
-        config = small_config(voc_root, tmp_path, epochs=4, num_workers=2, trainer__validation_period=1)
+        changes = {"num_workers": 2, "trainer__validation_period": 1}
+        config = small_config(voc_root, tmp_path, epochs=4, warmup=20, **changes)
         run(config)
         assert_same_step(reference, config.step_dir(), "checkpoint-epoch4.pth")
 
