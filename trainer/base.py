@@ -144,6 +144,11 @@ class Trainer:
             )
         iterations = config.trainer.epochs * len(self.batches)
         poly = config.lr_scheduler.args
+        if poly.warmup >= iterations:
+            log.warning(
+                f"the learning rate never reaches its value: --warmup {poly.warmup} is not shorter "
+                f"than the {iterations} iterations of the training"
+            )
         self.scheduler = PolySchedule(self.optimizer, iterations, poly.power, poly.warmup)
         self.made_from = output.made_from(self)
         if self.resumed:
