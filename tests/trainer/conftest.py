@@ -1,9 +1,12 @@
 """Fixtures of the trainer's tests."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 import torch
+
+from utils.logging import log
 
 
 @pytest.fixture
@@ -21,3 +24,19 @@ def module_cpu() -> Iterator[None]:
         patch.setattr(torch.cuda, "is_available", lambda: False)
         patch.setattr(torch.cuda, "device_count", lambda: 0)
         yield
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """The texts of the warnings that are logged while the test runs."""
+    found = []
+
+    class Keep(logging.Handler):
+        def emit(self, record):
+            if record.levelno >= logging.WARNING:
+                found.append(record.getMessage())
+
+    handler = Keep()
+    log.addHandler(handler)
+    yield found
+    log.removeHandler(handler)

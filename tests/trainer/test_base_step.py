@@ -99,9 +99,7 @@ class TestLossAndOptimiser:
         for name, p in trainer.model.named_parameters():
             assert torch.allclose(p, model.get_parameter(name), rtol=1e-4, atol=1e-5), name
 
-    def test_a_warmup_as_long_as_the_training_is_a_warning(self, step_0, monkeypatch):
-        warnings = []
-        monkeypatch.setattr(base.log, "warning", warnings.append)
+    def test_a_warmup_as_long_as_the_training_is_a_warning(self, step_0, warnings):
         iterations = len(step_0(epochs=1).batches)
         step_0(epochs=1, warmup=iterations - 1)
         assert not [text for text in warnings if "warmup" in text]

@@ -1,7 +1,6 @@
 """Steps t >= 1: sequences, channels, the loss by its formula, choices, failures, same weights."""
 
 import json
-import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -72,21 +71,6 @@ def step_1(voc_root, tmp_path, step_0):
         return trainer
 
     return make
-
-
-@pytest.fixture
-def warnings():
-    found = []
-
-    class Keep(logging.Handler):
-        def emit(self, record):
-            if record.levelno >= logging.WARNING:
-                found.append(record.getMessage())
-
-    handler = Keep()
-    log.addHandler(handler)
-    yield found
-    log.removeHandler(handler)
 
 
 def state(module):

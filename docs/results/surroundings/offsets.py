@@ -18,7 +18,7 @@ from data_loader.dataset import normalize
 from models.deeplabv3 import predict, upsample_logits
 from trainer.output import read_model
 from utils.checkpoint import final_checkpoint
-from utils.metrics import ConfusionMatrix
+from utils.metrics import ConfusionMatrix, compute_metrics
 from utils.visualize import VOID
 
 
@@ -41,25 +41,24 @@ def read(folder):
     return torch.cat(logits, dim=1), torch.cat(labels), data.class_names
 
 
-def iou(logits, labels, offsets):
-    """IoU [C] of the prediction with offsets [C - 1] on the classes' logits."""
+def iou(logits, labels, offsets, names):
+    """IoU in percent, as a metric has it, of the prediction with offsets [C - 1] on the logits."""
     shifted = logits + torch.cat([torch.zeros(1), offsets])[:, None]
     matrix = ConfusionMatrix(len(logits), logits.device)
     matrix.update(labels, predict(shifted[None]))
-    both = matrix.counts.diag()
-    return both / (matrix.counts.sum(0) + matrix.counts.sum(1) - both)
+    return compute_metrics(matrix.counts.numpy(), names, [], [])["Mean_Intersection_over_Union"]
 
 
-def best_offsets(logits, labels):
+def best_offsets(logits, labels, names):
     """Offsets [C - 1] of the greatest mean IoU that moves of one of them at a time lead to."""
     offsets = torch.zeros(len(logits) - 1)
-    best = iou(logits, labels, offsets).mean()
+    best = iou(logits, labels, offsets, names)["overall"]
     for size in (1.0, 0.5, 0.25):
         moved = True
         while moved:
             moved = False
             for move in size * torch.cat([torch.eye(len(offsets)), -torch.eye(len(offsets))]):
-                value = iou(logits, labels, offsets + move).mean()
+                value = iou(logits, labels, offsets + move, names)["overall"]
                 if value > best:
                     best, offsets, moved = value, offsets + move, True
     return offsets
@@ -67,9 +66,10 @@ def best_offsets(logits, labels):
 
 if __name__ == "__main__":
     logits, labels, names = read(Path(sys.argv[1]))
-    chosen = best_offsets(logits, labels)
+    chosen = best_offsets(logits, labels, names)
     print(f"{'':12}{'mean':>8}" + "".join(f"{name[:10]:>12}" for name in names))
     for title, offsets in (("as it is", torch.zeros_like(chosen)), ("offset", chosen)):
-        values = 100 * iou(logits, labels, offsets)
-        print(f"{title:12}{values.mean():8.1f}" + "".join(f"{value:12.1f}" for value in values))
+        found = iou(logits, labels, offsets, names)
+        values = "".join(f"{value:12.1f}" for value in found["by_class"].values())
+        print(f"{title:12}{found['overall']:8.1f}{values}")
     print(f"{'offsets':12}{'':20}" + "".join(f"{offset:12.2f}" for offset in chosen))
