@@ -133,7 +133,9 @@ def _no_norm(kind):
 AT_STEP_0 = (lambda c: c.task.step == 0, "at step 0")
 WITH_MEMORY = (lambda c: c.task.step > 0 and c.data.memory.replay != "none", "where the step replays")
 WITH_INSTANCES = (
-    lambda c: WITH_MEMORY[0](c) and c.data.memory.replay in ("instance", "eir"),
+    lambda c: (
+        WITH_MEMORY[0](c) and c.data.memory.replay in ("instance", "eir") and c.data.memory.mem_size > 0
+    ),
     "where the step replays instances",
 )
 WITH_PASTES = (
@@ -518,7 +520,11 @@ class Hyperparameter:
         used=WITH_DISTILLATION,
     )
     ac: float = option(
-        0.0, "weight of the auxiliary classifier's loss; DKD's is 1, and needs it", "--ac", low=0
+        0.0,
+        "weight of the auxiliary classifier's loss at step 0 and in DKD, whose value is 1; above 0 it "
+        "has EIR's steps >= 1 only start the new classifier from that one",
+        "--ac",
+        low=0,
     )
     dkd_pos: float = option(
         5.0,
@@ -562,7 +568,9 @@ class Hyperparameter:
     )
     kd_mode: str = option(
         "rskd",
-        "distillation",
+        "distillation, by what the teacher's background is compared with; rskd: on pixels of a new "
+        "class the student's new classes, as in the paper (see --rskd_region); plain: its background; "
+        "unbiased: its background and new classes together; none: no distillation",
         "--kd_mode",
         choices=("none", "plain", "unbiased", "rskd"),
         used=WITH_KD,

@@ -196,7 +196,7 @@ class DataRoot:
 
     def index(self, images: ImageList, workers: int = 0) -> LabelIndex:
         """The label index of a list, from the cache if lists and files are unchanged."""
-        key = _fingerprint(images, self.set.highest_id)
+        key = _fingerprint(images, self.set)
         cached = self.cache_dir / f"{images.name}.npz"
         try:
             with np.load(io.BytesIO(cached.read_bytes())) as stored:
@@ -332,13 +332,14 @@ def _find_root(root, description):
     )
 
 
-def _fingerprint(images, highest_id):
-    """Place, names, sizes and times of the files.
+def _fingerprint(images, description):
+    """Place, names, sizes and times of the files, and what is asked of the ids in them.
 
     st_ctime, the time at which a file's content or attributes changed, cannot be set back as st_mtime
     can, so that a label that was exchanged is noticed even where size and st_mtime are as before.
     """
-    digest = hashlib.sha256(f"4 {highest_id} {images.images[0].parent.resolve()}".encode())
+    asked = f"5 {description.highest_id} {description.zero} {description.palette}"
+    digest = hashlib.sha256(f"{asked} {images.images[0].parent.resolve()}".encode())
     for image, label in zip(images.images, images.labels, strict=True):
         digest.update(f"{image.name} {label.parent.name}/{label.name}".encode())
         for path in (image, label):

@@ -45,9 +45,9 @@ class LabelledImages(Dataset):
 class TrainDataset(Dataset):
     """Training images of a step, followed by the entries of its memory.
 
-    pseudo: called with an image's id and size, gives what the teacher sees in all of it (uint8 [H, W],
-    channels); None where the teacher looks at the crops. It is not asked about instances: they have no
-    background.
+    pseudo: called with a sample's name and size, gives what the teacher sees in all of it (uint8
+    [H, W], channels); None where the teacher looks at the crops. It is not asked about instances
+    without surroundings: they have no background.
     """
 
     def __init__(self, images: LabelledImages, memory: Memory | None, seed: int):
@@ -56,6 +56,14 @@ class TrainDataset(Dataset):
 
     def __len__(self) -> int:
         return len(self.images) + (len(self.memory) if self.memory else 0)
+
+    def name(self, i: int) -> str:
+        """What sample i is called beside the others: an image's id, or memory/ and an entry's file.
+
+        An id does not tell entries from images, nor from each other: several may show parts of one.
+        """
+        stored = i - len(self.images)
+        return f"memory/{self.memory.entries[stored].file}" if stored >= 0 else self.images.ids[i]
 
     def load(self, i: int) -> tuple[torch.Tensor, torch.Tensor, str]:
         """Image uint8 [3, H, W], label uint8 [H, W] in channels, and id, before the transform."""
@@ -77,7 +85,7 @@ class TrainDataset(Dataset):
         alone = replayed and self.memory.alone
         labels = [label]
         if self.pseudo:
-            labels.append(torch.zeros_like(label) if alone else self.pseudo(name, label.shape))
+            labels.append(torch.zeros_like(label) if alone else self.pseudo(self.name(i), label.shape))
         with torch.random.fork_rng(devices=[]):
             generator = np.random.default_rng((self.seed, epoch, i))
             torch.default_generator.manual_seed(int(generator.integers(2**62)))

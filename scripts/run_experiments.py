@@ -251,22 +251,28 @@ class Runner:
 
         What starts from one that failed is left out. results() is called first and after each step.
         """
-        for sequence in [*self.bases, *self.others]:
-            sequence.left = list(sequence.steps)
-            try:
-                if sequence.base not in self.failed:
-                    sequence.left = [step for step in sequence.steps if not is_finished(step[1])]
-            except UserError as error:
-                self._fail(sequence, error)
+        self._look([*self.bases, *self.others])
         results()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
         try:
             self._run_stage(self.bases, results)
+            self._look(self.others)  # again, since they are stale where a base is another model now
             self._run_stage(self.others, results)
         finally:
             self._stop()
         return len(self.failed)
+
+    def _look(self, sequences):
+        """See which steps are left; a sequence whose results are another experiment's has failed."""
+        for sequence in sequences:
+            sequence.left = list(sequence.steps)
+            if {sequence, sequence.base} & self.failed:
+                continue
+            try:
+                sequence.left = [step for step in sequence.steps if not _is_finished(sequence, step)]
+            except UserError as error:
+                self._fail(sequence, error)
 
     def _interrupt(self, *_):
         """Handle a signal: an exception from here could lose track of a process that just starts."""
@@ -396,17 +402,23 @@ def collect(sequences: list[Sequence]) -> list[dict]:
     rows = []
     for sequence in sequences:
         shared = sequence.base.steps if sequence.base else []
-        finished = [step for step in sequence.steps if _has_results(step)]
-        if finished and all(map(_has_results, shared)):
+        finished = [step for step in sequence.steps if _has_results(sequence, step)]
+        if finished and all(_has_results(sequence.base, step) for step in shared):
             for _, config in [*shared, *finished]:
                 rows.append(row(sequence.method, sequence.task, sequence.seed, config))
     return rows
 
 
-def _has_results(step):
+def _is_finished(sequence, step):
+    """True if a step of the sequence is finished; UserError as in is_finished."""
+    base = sequence.base
+    return is_finished(step[1], start=base and final_checkpoint(base.steps[0][1].step_dir()))
+
+
+def _has_results(sequence, step):
     """True if the step is finished with these settings."""
     with contextlib.suppress(UserError):
-        return is_finished(step[1])
+        return _is_finished(sequence, step)
     return False
 
 

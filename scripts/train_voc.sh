@@ -23,7 +23,7 @@ for flag in "$@"; do
 done
 ROOT=$(cd "$(dirname "$0")/.." && pwd) # relative paths in the flags stay the caller's
 
-CONFIG=${CONFIG:-configs/config_voc.json}
+ASKED=${CONFIG:-} CONFIG=${CONFIG:-configs/config_voc.json}
 [ -f "$CONFIG" ] || CONFIG=$ROOT/$CONFIG
 EPOCH=${EPOCH:-60} MEMORY_SIZE=${MEMORY_SIZE:-100}
 INIT_LR=${INIT_LR:-0.001} LR=${LR:-0.0001} INIT_POSWEIGHT=${INIT_POSWEIGHT:-2}
@@ -58,6 +58,9 @@ if [ -z "${BS:-}" ] && [ $((32 % gpus)) -ne 0 ]; then
     exit 2
 fi
 BS=${BS:-$((32 / gpus))}
+
+[ -z "$ASKED" ] || echo "set here, whatever $CONFIG says: EPOCH=$EPOCH BS=$BS (on each of $gpus)" \
+    "INIT_LR=$INIT_LR LR=$LR INIT_POSWEIGHT=$INIT_POSWEIGHT MEMORY_SIZE=$MEMORY_SIZE"
 
 launch() { # launch NAME PROGRAM FLAGS...; NAME stands for {step}
     local name=$1

@@ -48,13 +48,19 @@ class IncrementalStep(LaterStep):
         """Pseudo labels of all whole images of a training set, stored in the step's folder."""
         folder, data, task = self.folder / "pseudo_labels", self.config.data, self.data.task
         known = task.seen(self.data.step - 1)
+        made_from = {
+            "teacher": content_digest(self.previous),
+            "train": self.data.digest("train"),
+            "memory": dataset.memory.digest if dataset.memory else None,
+            "precision": str(self.amp_dtype),
+        }
         written = store_pseudo_labels(
             folder,
             WholeImages(dataset, data.train.args.transform_args.crop_size),
             self.teach,
             known,
             self.config.hyperparameter.pseudo_thresh,
-            {"teacher": content_digest(self.previous), "train": self.data.digest("train")},
+            made_from,
             self.device,
             data.num_workers,
         )

@@ -74,16 +74,19 @@ def _record(folder):
     return read_json_object(folder / "made_from.json") or {}
 
 
-def is_finished(config: Config, processes: int | None = None) -> bool:
+def is_finished(config: Config, processes: int | None = None, start: Path | None = None) -> bool:
     """True if the step has its results; UserError if they come from other settings or another model.
 
-    processes: of this call, which share its batch; None leaves the size of the batch unchecked.
+    processes: of this call, which share its batch; None for as many as the step was trained by.
+    start: the model that its step 1 starts from where that is another run's, None if it is not known.
+    The data set is not looked at.
     """
     folder = config.step_dir()
     if not has_results(folder) or not (folder / "config.json").exists():
         return False
     changed = differences(load_config(folder / "config.json")[0], config)
-    batch = _record(folder).get("batch")
+    record = _record(folder)
+    batch, processes = record.get("batch"), processes or record.get("processes")
     asked = processes and processes * config.data.train.batch_size
     if asked and batch not in (None, asked):
         changed.append(f"a batch of {batch} images, not {asked}, over all processes")
@@ -93,7 +96,7 @@ def is_finished(config: Config, processes: int | None = None) -> bool:
             "another --name or --save_dir, or --overwrite it"
         )
     _check_unchanged(folder)
-    check_not_stale(config, config.task.step)
+    check_not_stale(config, config.task.step, start)
     return True
 
 
@@ -119,13 +122,14 @@ def _check_unchanged(folder):
         )
 
 
-def check_not_stale(config: Config, step: int) -> None:
+def check_not_stale(config: Config, step: int, start: Path | None = None) -> None:
     """Raise UserError if a step, or one that it goes back to, was trained from another model than the
-    one before it is now."""
+    one before it is now; start as in is_finished."""
     for later in range(step, 0, -1):
         folder = config.step_dir(later)
         record = _record(folder)
-        before = final_checkpoint(config.step_dir(later - 1)) if record.get("own_previous") else None
+        own = record.get("own_previous")
+        before = final_checkpoint(config.step_dir(later - 1)) if own else start
         if before is None:
             return
         if content_digest(before) != record.get("previous"):

@@ -69,22 +69,20 @@ class WholeImages(Dataset):
         """shorter: the length that the shorter side gets, in pixels."""
         self.dataset, self.shorter = dataset, shorter
         count = len(dataset.images) if dataset.memory and dataset.memory.alone else len(dataset)
-        entries = [entry.id for entry in dataset.memory.entries] if count > len(dataset.images) else []
-        self.index = {name: i for i, name in enumerate([*dataset.images.ids, *entries])}
-        self.ids = list(self.index)
+        self.names = [dataset.name(i) for i in range(count)]
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.names)
 
     def __getitem__(self, i: int) -> dict:
-        """image uint8 [3, h, w], size of the original (H, W), id str."""
-        image, label, name = self.dataset.load(self.index[self.ids[i]])
+        """image uint8 [3, h, w], size of the original (H, W), name str as in TrainDataset."""
+        image, label, _ = self.dataset.load(i)
         image = F.resize(image, [self.shorter], interpolation=BILINEAR, antialias=True)
-        return {"image": image, "size": tuple(label.shape), "id": name}
+        return {"image": image, "size": tuple(label.shape), "name": self.names[i]}
 
 
 class ImageLabels:
-    """Stored pseudo labels: called with an image's id and size, gives those of the whole image."""
+    """Stored pseudo labels: called with a sample's name and size, gives those of the whole image."""
 
     def __init__(self, folder: Path, table: np.ndarray):
         """table: uint8 [256] from class ids, which the files have, to channels."""
@@ -110,15 +108,15 @@ def store_pseudo_labels(
     device: torch.device,
     workers: int,
 ) -> Path:
-    """Write what the teacher sees in each whole image as a palette PNG of class ids, <id>.png.
+    """Write what the teacher sees in each whole image as a palette PNG of class ids, <name>.png.
 
     Returns where they are: in the folder, if it has those that were made from the same, with the same
     threshold and at the same size, of which each file stays; else beside it, where
     `place_pseudo_labels` can take them from, and where another call goes on with them.
 
     teach: from normalised images [N, 3, h, w] to logits at stride 16; order: the class id of each
-    channel from 1 on; threshold: as in pseudo_labels; made_from: digests of teacher and data. The
-    images are shared by the processes.
+    channel from 1 on; threshold: as in pseudo_labels; made_from: digests of teacher, data and
+    memory, and the precision. The images are shared by the processes.
     """
     made_from = {**made_from, "threshold": threshold, "shorter_side": images.shorter}
     if read_json_object(folder / "made_from.json") != made_from:
@@ -127,12 +125,13 @@ def store_pseudo_labels(
     if rank() == 0 and read_json_object(folder / "made_from.json") != made_from:
         try:
             shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
+            for place in {folder, *((folder / name).parent for name in images.names)}:
+                place.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise cannot_write(folder, error) from None
         write_json(folder / "made_from.json", made_from)
     barrier()
-    missing = [i for i, name in enumerate(images.ids) if not (folder / f"{name}.png").is_file()]
+    missing = [i for i, name in enumerate(images.names) if not (folder / f"{name}.png").is_file()]
     todo = torch.utils.data.Subset(images, missing)
     barrier()  # no process writes before all have looked
     if missing:
@@ -146,7 +145,7 @@ def store_pseudo_labels(
             seen = ids[pseudo_labels(empty, logits, threshold)[0].cpu().numpy()]
             file = io.BytesIO()
             label_image(seen).save(file, "PNG")
-            path = folder / f"{sample['id'][0]}.png"
+            path = folder / f"{sample['name'][0]}.png"
             write_atomically(path, lambda out, file=file: out.write(file.getbuffer()))
     barrier()
     return folder

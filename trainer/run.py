@@ -68,7 +68,7 @@ def _check_still(config, call, resume):
     """Raise UserError if another process trained the step before this one had the lock."""
     if call.overwrite:
         return
-    if output.is_finished(config) or output.where_to_start(config, call) != resume:
+    if output.is_finished(config, world_size()) or output.where_to_start(config, call) != resume:
         raise UserError(
             f"another process has trained {config.step_dir()} meanwhile: the same command with "
             "--resume auto goes on from there"

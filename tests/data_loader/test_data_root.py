@@ -15,7 +15,14 @@ from hypothesis.extra.numpy import array_shapes, arrays
 from PIL import Image
 
 from data_loader import data_root
-from data_loader.data_root import DataRoot, check_photograph, read_image, read_label, scan_label
+from data_loader.data_root import (
+    DataRoot,
+    Description,
+    check_photograph,
+    read_image,
+    read_label,
+    scan_label,
+)
 from tests.helpers import PROJECT
 from utils.errors import UserError
 from utils.visualize import voc_palette
@@ -513,6 +520,15 @@ class TestLabelFormats:
     )
     def test_the_contradiction_is_named(self, own_root, changes, words):
         assert words in self.refusal(own_root, self.coloured(palette(**changes)).save)
+
+    def test_a_cache_that_was_made_without_looking_at_colours_is_not_enough(self, own_root):
+        data = DataRoot(own_root, description=Description(palette="any"))
+        images = data.read_list("val")
+        Image.new("RGB", self.LABEL.shape[::-1]).save(images.images[5])
+        self.coloured(palette(id_15=(0, 128, 0))).save(images.labels[5])
+        data.index(images)
+        with pytest.raises(UserError, match="means 2"):
+            DataRoot(own_root).index(images)
 
     def test_a_class_without_a_colour(self, own_root):
         message = self.refusal(own_root, self.coloured(voc_palette()[:18]).save)

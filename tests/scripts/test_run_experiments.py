@@ -24,7 +24,7 @@ from scripts import run_experiments
 from scripts.results import COLUMNS, group_means, row
 from scripts.run_experiments import main, make_places, plan, read_experiment
 from tests.helpers import CLASS_NAMES, PROJECT, error_line, small_config, snapshot
-from utils.checkpoint import read_checkpoint
+from utils.checkpoint import content_digest, final_checkpoint, read_checkpoint, save_checkpoint
 
 GROUPS = {"old": "old", "new": "new", "all": "overall", "hIoU": "harmonic"}
 METHODS = {"image replay": "--replay image", "EIR": ""}
@@ -298,6 +298,30 @@ class TestFailures:
         assert str(place.step("EIR")) in line and "(hyperparameter.kd)" in line
         assert snapshot(place.saved / "models") == before
         assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
+
+    def test_a_finished_step_with_another_batch_is_named(self, place):
+        place.write(methods={**METHODS, "EIR": "--bs 3"})
+        result = call(place)
+        assert result.returncode == 1
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("failed      10-10 EIR, seed 1: ") and "images, not 3" in line
+        assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
+
+    def test_steps_are_stale_where_their_step_0_is_another_model_now(self, place):
+        base = place.step("step0", 0)
+        path = final_checkpoint(base)
+        content = read_checkpoint(path)
+        next(iter(content["state_dict"].values())).add_(1)
+        save_checkpoint(path, content)
+        made_from = json.loads((base / "made_from.json").read_text())
+        made_from["final"] = content_digest(path)  # as if it had been trained anew
+        (base / "made_from.json").write_text(json.dumps(made_from))
+        result = call(place)
+        assert result.returncode == 1
+        for line, method in zip(result.stderr.splitlines(), METHODS, strict=True):
+            assert line.startswith(f"failed      10-10 {method}, seed 1: ")
+            assert f"was trained from another model of step 0 than {path} is now" in line
+        assert place.rows() == []
 
     def test_nothing_starts_from_a_step_0_with_other_settings(self, place):
         place.remove("EIR")

@@ -609,14 +609,23 @@ class TestPseudoLabelsOfWholeImages:
 
         return make
 
-    @pytest.mark.parametrize("replay", ["instance", "image"])
-    def test_stored_labels_are_what_the_teacher_sees_in_the_whole_image(self, trainer, replay):
-        trainer = trainer(replay=replay)
+    @pytest.mark.parametrize(
+        "changes",
+        [{"replay": "instance"}, {"replay": "image"}, {"replay": "instance", "surroundings": 1.0}],
+    )
+    def test_stored_labels_are_what_the_teacher_sees_in_the_whole_image(self, trainer, changes):
+        """Whole: an image of the list, or what is stored of one, even where that is in the list too."""
+        trainer = trainer(**changes)
         dataset = trainer.dataset
         folder = dataset.pseudo.folder
-        images = [*range(len(dataset.images)), *(range(len(dataset)) if replay == "image" else ())]
-        names = {dataset.load(i)[2]: i for i in images}
-        assert {path.stem for path in folder.glob("*.png")} == names.keys()
+        entries = [] if dataset.memory.alone else dataset.memory.entries
+        assert dataset.memory.alone == (len(changes) == 1 and changes["replay"] == "instance")
+        assert not entries or {*dataset.images.ids} & {entry.id for entry in entries}
+        called = [*dataset.images.ids, *(f"memory/{entry.file}" for entry in entries)]
+        names = {name: i for i, name in enumerate(called)}
+        assert {f"{path.relative_to(folder).with_suffix('')}" for path in folder.rglob("*.png")} == {
+            *names
+        }
         for name, i in names.items():
             image, label, _ = dataset.load(i)
             height, width = label.shape

@@ -305,6 +305,7 @@ class TestFlagsWithoutEffect:
             (["--task_step", "1", "--backbone_weights", "f.pth"], ["--backbone_weights"]),
             (["--task_step", "1", "--class_combination", "off", "--fill_in", "none"], ["--fill_in"]),
             (["--task_step", "1", "--mem_size", "0", "--pastes", "2"], ["--pastes"]),
+            (["--task_step", "1", "--mem_size", "0", "--surroundings", "0.2"], ["--surroundings"]),
             (["--task_step", "1", "--position", "off", "--fill_in", "next"], ["--fill_in"]),
             (["--task_step", "1", "--position", "off", "--fill_in", "none"], []),
             (["--task_step", "1", "--mem_size", "0", "--replay", "image"], ["--replay"]),
