@@ -139,7 +139,7 @@ WITH_INSTANCES = (
     "where the step replays instances",
 )
 WITH_PASTES = (
-    lambda c: WITH_MEMORY[0](c) and c.data.memory.replay == "eir" and c.data.memory.mem_size > 0,
+    lambda c: WITH_INSTANCES[0](c) and c.data.memory.replay == "eir",
     "with --replay eir and a memory",
 )
 IN_EIR = (lambda c: c.task.step > 0 and c.method == "eir", "at steps >= 1 of --method eir")

@@ -128,8 +128,9 @@ def check_not_stale(config: Config, step: int, start: Path | None = None) -> Non
     for later in range(step, 0, -1):
         folder = config.step_dir(later)
         record = _record(folder)
-        own = record.get("own_previous")
-        before = final_checkpoint(config.step_dir(later - 1)) if own else start
+        before = start if later == 1 else None
+        if record.get("own_previous"):
+            before = final_checkpoint(config.step_dir(later - 1))
         if before is None:
             return
         if content_digest(before) != record.get("previous"):

@@ -619,7 +619,7 @@ class TestPseudoLabelsOfWholeImages:
         dataset = trainer.dataset
         folder = dataset.pseudo.folder
         entries = [] if dataset.memory.alone else dataset.memory.entries
-        assert dataset.memory.alone == (len(changes) == 1 and changes["replay"] == "instance")
+        assert dataset.memory.alone == (changes == {"replay": "instance"})
         assert not entries or {*dataset.images.ids} & {entry.id for entry in entries}
         called = [*dataset.images.ids, *(f"memory/{entry.file}" for entry in entries)]
         names = {name: i for i, name in enumerate(called)}
