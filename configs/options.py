@@ -876,7 +876,8 @@ def _given(flag, arguments):
     parser = Parser("", "")
     add_flags(parser, EvalCall())
     words = [word for word in arguments if word not in ("-h", "--help")]
-    return getattr(parser.parse_known_args(words)[0], flag.strip("-"), None)
+    value = getattr(parser.parse_known_args(words)[0], flag.strip("-"), None)
+    return value and os.path.expanduser(value)
 
 
 def _read(arguments, config, call, program, about):
@@ -900,6 +901,7 @@ def _read(arguments, config, call, program, about):
     if config.method == "dkd":
         call.ignored = [path for path in call.ignored if path not in DKD_ALONE]
     else:
+        call.ignored = [f"{p} (of --method dkd)" if p in DKD_ALONE else p for p in call.ignored]
         for path in DKD_ALONE:
             put(config, path, get(Config(), path))
     evaluates = call.test or isinstance(call, EvalCall)

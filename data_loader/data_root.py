@@ -13,7 +13,6 @@ import io
 import os
 import posixpath
 import stat
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ from scipy import ndimage
 from torch.utils.data import DataLoader, Dataset
 
 from configs.options import DataSet as Description
+from utils.checkpoint import write_atomically
 from utils.distributed import loader_processes
 from utils.errors import UserError
 from utils.logging import log, progress
@@ -98,8 +98,14 @@ class DataRoot:
         cache_dir: str | Path | None = None,
         description: Description | None = None,
     ):
-        """Raises UserError if the folder of the images is not found."""
+        """Raises UserError if the folder of the images is not found, or a class has no id in labels."""
         self.set = description or Description()
+        for name, id in self.set.classes.items():
+            if id > self.set.highest_id:
+                raise UserError(
+                    f"{self.set.name}: {name} has the id {id}, above its highest_id of "
+                    f"{self.set.highest_id}: mend one of them"
+                )
         self.root = _find_root(Path(os.path.expanduser(root)), self.set)
         self.cache_dir = Path(cache_dir) if cache_dir else self.root / "label_index"
 
@@ -144,8 +150,15 @@ class DataRoot:
         _refuse_repeated(images, "images", path)
         _refuse_repeated(labels, "labels", path)
         _refuse_exchanged(images, labels, path)
+        names = [posixpath.splitext(file)[0] for file in images]
+        counts = collections.Counter(map(posixpath.basename, names))
+        ids = [posixpath.basename(name) for name in names]  # with its folders where two have one name
+        ids = [
+            id if counts[id] == 1 else name.replace("/", "+")
+            for id, name in zip(ids, names, strict=True)
+        ]
         images, labels = ([self.root / f for f in column] for column in (images, labels))
-        return ImageList(split, [f.stem for f in images], images, labels, self.set.zero)
+        return ImageList(split, ids, images, labels, self.set.zero)
 
     def _lines(self, split, files):
         """The words of each line of a list and its path, or the ids of all images and their folder."""
@@ -351,21 +364,14 @@ def _fingerprint(images, description):
 
 
 def _store(path, key, index):
-    """Write the cache whole, under a name of its own first: others may build the same at this time."""
-    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+    """Write the cache; a warning where that cannot be done."""
+    arrays = {"digest": index.digest(key), "pixels": index.pixels, "regions": index.regions}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            digest = index.digest(key)
-            np.savez_compressed(file, digest=digest, pixels=index.pixels, regions=index.regions)
-        os.replace(temporary, path)
-    except (OSError, ValueError) as error:  # ValueError: a path with a character that none may have
-        with contextlib.suppress(OSError, ValueError):
-            temporary.unlink()
-        reason = getattr(error, "strerror", error)
+        write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
+    except UserError as error:
         log.warning(
-            f"cannot cache the label index in {path.parent} ({reason}): name a folder for it "
-            "in data_loader.args.task.idxs_path"
+            f"cannot cache the label index ({error}): name a folder for it in "
+            "data_loader.args.task.idxs_path"
         )
 
 

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -55,7 +54,7 @@ class Entry:
 
 
 class Memory:
-    """A stored memory, loaded: packed crops and their labels in channels."""
+    """A stored memory, loaded: crops and their labels in channels."""
 
     def __init__(self, folder: Path, table: np.ndarray):
         """table: uint8 [256] from classes to channels. UserError if the store is damaged."""
@@ -116,7 +115,7 @@ def read_manifest(folder: Path) -> dict:
 
 def _check_entry(entry):
     """Raise ValueError for an entry that no memory can have."""
-    if not re.fullmatch(r"[\w.-]+", entry.file) or len(entry.sha256) != len(PARTS):
+    if not entry.file or Path(entry.file).name != entry.file or len(entry.sha256) != len(PARTS):
         raise ValueError(f"an entry names the file {entry.file!r}")
     place = [entry.top, entry.left, entry.height, entry.width, *entry.canvas]
     numbers = [entry.drawn_for, *entry.classes, *place]
@@ -176,7 +175,7 @@ def draw_memory(
     surroundings: float = 0.0,
     anew: bool = False,
 ) -> Path:
-    """Draw a memory beside `folder`, where `place_memory` can take it from; returns where it is.
+    """Draw a memory beside `folder`, where `put_in_place` can take it from; returns where it is.
 
     kind: "instance" (crops without background) or "image" (whole images). surroundings: the margin
     around an instance, as a share of its box. Where the folder has the memory already, nothing is
@@ -227,8 +226,8 @@ def beside(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.unfinished")
 
 
-def place_memory(folder: Path) -> None:
-    """Bring a memory that was drawn beside its folder there; a kill in between leaves none."""
+def put_in_place(folder: Path) -> None:
+    """Bring what was made beside a folder there; a kill in between leaves none."""
     try:
         remove_memory(folder)
         os.replace(beside(folder), folder)

@@ -39,7 +39,7 @@ from configs.options import Config, DataSet
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
 from data_loader.data_root import DataRoot, read_image, read_label
 from data_loader.dataset import LabelledImages, TrainDataset, normalize
-from data_loader.memory import Memory, beside, place_memory
+from data_loader.memory import Memory, beside, put_in_place
 from data_loader.paste import Bank
 from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
@@ -314,7 +314,7 @@ def keep_memory(trainer: Trainer) -> None:
     """Bring a memory that was just drawn to its place, as the start of a training does."""
     folder = trainer.folder / "memory"
     if beside(folder).is_dir():
-        place_memory(folder)
+        put_in_place(folder)
 
 
 def iteration(trainer: Trainer, batches: Iterator[dict]) -> Work:

@@ -8,7 +8,7 @@ export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}" # waiting threads leave the
 
 fail() {
     echo "error: $1" >&2
-    exit 1
+    exit 2
 }
 
 fingerprint() { # of requirement files and the interpreter

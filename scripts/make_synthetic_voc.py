@@ -29,7 +29,7 @@ from scipy import ndimage
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils.program
 from configs.options import DataSet
-from data_loader.data_root import read_lines
+from data_loader.data_root import read_label, read_lines
 from scripts.command_line import Parser
 from utils.errors import UserError
 from utils.visualize import VOID, label_image
@@ -224,10 +224,10 @@ def render_label(
     painted as what is nearest to them.
     """
     rng = default_rng((seed, split, index))
-    with Image.open(file) as stored:
-        scale = size / max(stored.size)
-        shape = [max(1, int(side * scale + 0.5)) for side in stored.size]
-        label = np.array(stored.resize(shape, Image.Resampling.NEAREST))
+    stored = Image.fromarray(read_label(file))
+    scale = size / max(stored.size)
+    shape = [max(1, int(side * scale + 0.5)) for side in stored.size]
+    label = np.array(stored.resize(shape, Image.Resampling.NEAREST))
     image = background(rng, *label.shape)
     known = label != VOID
     if known.any():

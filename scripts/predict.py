@@ -117,9 +117,8 @@ def caption(model: Trained, title: str) -> str:
 def read_photograph(path: Path) -> np.ndarray:
     """uint8 [H, W, 3], turned as viewers show it; UserError for a file that is no such image."""
     with reading("the image", path), Image.open(path) as image:
-        turned = ImageOps.exif_transpose(image)
-        check_photograph(turned, path)
-        return np.array(turned.convert("RGB"))
+        check_photograph(image, path)
+        return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 
 def predict_label(model: Trained, photograph: np.ndarray, score: float) -> np.ndarray:

@@ -43,8 +43,7 @@ def preview(config, call, options) -> None:
         raise UserError(f"no folder {options.output.parent} to write {options.output.name} into")
     previous = previous_checkpoint(config, call)
     with tempfile.TemporaryDirectory() as folder:
-        if not (config.step_dir() / "memory").is_dir():
-            config.trainer.save_dir = folder  # a step that was not started keeps its folder clean
+        config.trainer.save_dir = folder  # the memory is drawn there again, the same as the step's
         _preview(config, previous, options)
 
 

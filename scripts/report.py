@@ -20,6 +20,7 @@ from configs.options import load_config
 from data_loader.tasks import get_task
 from scripts.command_line import Parser
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
+from trainer.output import has_results, is_stale, model_before
 from utils.errors import UserError, exit_with
 from utils.metrics import FOOTNOTE
 
@@ -66,13 +67,22 @@ def read_steps(folder: Path) -> dict[int, dict]:
         )
     steps = {}
     for step, path in sorted(found.items()):
+        if not has_results(path.parent):
+            raise UserError(
+                f"cannot read the metrics {path}: damaged, or changed since they were written"
+            )
         try:
             iou = json.loads(path.read_text(encoding="utf-8"))["Mean_Intersection_over_Union"]
-            steps[step] = {key: iou[key] for key in (*GROUPS, "by_class")}
+            steps[step] = {key: _number(iou[key]) for key in GROUPS}
+            steps[step]["by_class"] = {name: _number(v) for name, v in iou["by_class"].items()}
             steps[step]["without_images"] = [*iou.get("without_images", [])]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"cannot read the metrics {path}: {error!r}") from None
     return steps
+
+
+def _number(value):
+    return None if value is None else float(value)
 
 
 def run_table(steps: dict[int, dict]) -> str:
@@ -138,6 +148,9 @@ def report_run(folder: Path) -> None:
     """Show a run: the IoU by step, published results beside it, and curve.png."""
     steps = read_steps(folder)
     print(f"\n{folder.name}: IoU in percent on the test images of each step\n\n{run_table(steps)}")
+    for step in steps:
+        if is_stale(place := folder / f"step_{step}", model_before(place)):
+            print(f"\nstep {step} was trained from another model of step {step - 1} than is there now")
     lines = published_lines(folder, max(steps))
     if lines:
         print("", *lines, sep="\n")

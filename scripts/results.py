@@ -15,6 +15,7 @@ import numpy as np
 
 from configs.options import Config
 from data_loader.data_root import DataRoot
+from data_loader.memory import MANIFEST, read_manifest
 from data_loader.tasks import Task, check_step, get_task
 from utils.checkpoint import write_atomically
 from utils.errors import UserError
@@ -133,10 +134,9 @@ def _cost(path):
 
 def _memory(folder):
     """Entries of the stored memory, and bytes of all its files."""
-    manifest = folder / "manifest.json"
-    if not manifest.is_file():
+    if not (folder / MANIFEST).is_file():
         return {}
-    entries = json.loads(manifest.read_text(encoding="utf-8"))["entries"]
+    entries = read_manifest(folder)["entries"]
     size = sum(path.stat().st_size for path in folder.iterdir())
     return {"memory_entries": len(entries), "memory_bytes": size}
 

@@ -431,7 +431,10 @@ def make_places(jobs: int, gpus: str | None) -> list[str | None]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",") if visible else None
     try:
-        return [names[int(gpu)] if names else str(int(gpu)) for gpu in gpus.split(",")]
+        indices = [int(gpu) for gpu in gpus.split(",")]
+        if min(indices) < 0:
+            raise IndexError
+        return [names[i] if names else str(i) for i in indices]
     except (ValueError, IndexError):
         seen = f" of CUDA_VISIBLE_DEVICES={visible}" if visible else ""
         raise UserError(f"--gpus is {gpus!r}; give indices{seen} such as 0 or 0,1") from None

@@ -15,7 +15,7 @@ import utils.program
 from configs.options import Config, load_config
 from data_loader.tasks import get_task
 from scripts.command_line import Parser
-from trainer.output import has_results
+from trainer.output import has_results, is_stale, model_before
 from utils.checkpoint import read_json_object
 from utils.errors import UserError, exit_with
 
@@ -43,7 +43,9 @@ def describe_step(config: Config, folder: Path, log_folder: Path, now: float) ->
     record = last_record(log_folder / "metrics.jsonl")
     if has_results(folder):
         metrics = read_json_object(folder / "metrics.json")
-        return f"done      mIoU {metrics['Mean_Intersection_over_Union']['overall']:.2f}"
+        miou = f"done      mIoU {metrics['Mean_Intersection_over_Union']['overall']:.2f}"
+        stale = is_stale(folder, model_before(folder))
+        return f"{miou}, from another model of the step before than is there now" if stale else miou
     if not record:
         written = max(path.stat().st_mtime for path in folder.iterdir())
         return f"started   no epoch is finished yet, last written {duration(now - written)} ago"
@@ -84,11 +86,16 @@ def main(argv: list[str] | None = None) -> int:
         runs = sorted(path for path in (save_dir / "models").glob("*") if path.is_dir())
         if not runs:
             raise UserError(f"no run in {save_dir}: give the --save_dir of train_voc.py")
-        for run in runs:
-            print(*describe_run(run, time.time()), sep="\n")
     except UserError as error:
         exit_with(error)
-    return 0
+    damaged = 0
+    for run in runs:
+        try:
+            print(*describe_run(run, time.time()), sep="\n")
+        except UserError as error:  # the others are of interest all the more
+            damaged = 2
+            print(f"{run.name}: {error}")
+    return damaged
 
 
 if __name__ == "__main__":

@@ -56,8 +56,8 @@ def draw(_, args: argparse.Namespace) -> None:
         raise UserError(f"--output is {args.output}; give the name of a .png file")
     if len(args.resume) > 2:
         raise UserError(f"{len(args.resume)} checkpoints: give one, or those of two steps")
-    if args.pixels < 1 or args.seed < 0:
-        raise UserError("--pixels starts at 1, and --seed at 0")
+    if args.pixels < 1 or not 0 <= args.seed < 2**32:
+        raise UserError("--pixels starts at 1, and --seed goes from 0 to 4294967295")
     models = sorted((read_trained(path, args) for path in args.resume), key=lambda model: model.step)
     first, last = models[0], models[-1]
     if first.ids != last.ids[: len(first.ids)]:

@@ -115,7 +115,26 @@ class TestTrainAndEvaluate:
         result = command("train_voc.py", *flags, "--test")
         assert result.returncode == 0, result.stderr
         assert "Mean_Intersection_over_Union" in result.stdout
+        assert f"checkpoint  {trained / CHECKPOINT}" in result.stdout
+        assert "other settings" not in result.stdout
         assert snapshot(trained) == before
+
+    def test_train_with_test_says_where_the_step_is_another(
+        self, own_step, voc_root, tmp_path, command
+    ):
+        (own_step / "metrics.json").unlink()
+        flags = train_flags(voc_root, tmp_path, epochs=1, eval_crop="off")
+        result = command("train_voc.py", *flags, "--test")
+        assert result.returncode == 0, result.stderr
+        words = "was trained with other settings (data_loader.args.val.args.transform"
+        assert f"{own_step / CHECKPOINT} {words}" in result.stdout
+        assert f"{own_step} is not finished: {CHECKPOINT} is the latest" in result.stdout
+
+    def test_the_results_of_a_step_are_no_place_for_others(self, own_step, tmp_path, command):
+        before, output = snapshot(tmp_path), own_step / "metrics.json"
+        flags = ("-r", own_step / CHECKPOINT, "--score", 0.9, "--output", output)
+        assert f"{output} has the results of a step" in error_line(command("eval_voc.py", *flags))
+        assert snapshot(tmp_path) == before
 
     def test_a_finished_step_is_not_trained_again(self, trained, voc_root, command):
         before = snapshot(trained)
@@ -509,9 +528,8 @@ class TestConfigurationFile:
         )
         assert result.returncode == 0, result.stderr
         (line,) = [line for line in result.stdout.splitlines() if "ignored keys" in line]
-        keys = (
-            "test, hyperparameter.dkd_pos, hyperparameter.dkd_neg, hyperparameter.fc, hyperparameter.fs"
-        )
+        dkd = [f"hyperparameter.dkd_{part} (of --method dkd)" for part in ("pos", "neg")]
+        keys = ", ".join(["test", *dkd, "hyperparameter.fc", "hyperparameter.fs"])
         assert line.endswith(f": {keys}")
 
     @pytest.mark.parametrize(

@@ -36,16 +36,17 @@ class LaterStep(Trainer):
             new.bias.copy_(auxiliary.bias.expand_as(new.bias))
 
     def training_set(self, seen: Callable[[], list[set[int]]] | None = None) -> TrainDataset:
-        """Images of this step, then the entries of the memory, which is drawn if it is not there.
+        """Images of this step, then the entries of the memory, drawn unless a resumed run has it there.
 
         seen: as StepData.memory takes it.
         """
         folder, before = self.folder / "memory", self.previous.parent
         settings = self.config.data.memory
-        draws = self.overwrite or not (folder / MANIFEST).is_file()
+        anew = self.resume is None
+        draws = anew or not (folder / MANIFEST).is_file()
         if draws and settings.replay != "none" and settings.mem_size:
             mend_memory(self.data, before)
-        memory = self.data.memory(folder, before / "memory", self.overwrite, seen)
+        memory = self.data.memory(folder, before / "memory", anew, seen)
         return TrainDataset(self.data.training(), memory, self.config.seed)
 
     def parameter_groups(self) -> list[dict]:

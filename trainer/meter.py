@@ -1,8 +1,8 @@
 """The meter of an epoch: mean losses, progress, and whether the loss is still finite.
 
 Each iteration leaves its losses on the device. They are read, which waits for the device, every
-`interval` iterations, when progress is shown. At steps t >= 1, where batch normalisation is frozen, an
-iteration waits nowhere else; at step 0, PyTorch's synchronised batch normalisation does. A loss that
+`interval` iterations, when progress is shown. Where batch normalisation is frozen (`--freeze_bn`), an
+iteration waits nowhere else; PyTorch's synchronised batch normalisation does. A loss that
 is not finite raises a flag on the device, which keeps the optimiser from stepping at once (as the loss
 scaler does by itself, where there is one), and ends the run when it is read.
 """

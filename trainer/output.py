@@ -22,11 +22,10 @@ import torch
 from configs.options import Config, TrainCall, load_config
 from data_loader.data_loaders import StepData
 from data_loader.data_root import SPLITS
-from data_loader.memory import beside, place_memory, read_memory, remove_memory
+from data_loader.memory import beside, put_in_place, read_memory, remove_memory
 from data_loader.tasks import Task
 from models.deeplabv3 import DeepLabV3
 from trainer.evaluate import evaluate
-from trainer.pseudo_labels import place_pseudo_labels
 from trainer.setup import bn_images
 from utils.checkpoint import (
     content_digest,
@@ -74,11 +73,17 @@ def _record(folder):
     return read_json_object(folder / "made_from.json") or {}
 
 
-def is_finished(config: Config, processes: int | None = None, start: Path | None = None) -> bool:
+def is_finished(
+    config: Config,
+    processes: int | None = None,
+    start: Path | None = None,
+    previous: str | None = None,
+) -> bool:
     """True if the step has its results; UserError if they come from other settings or another model.
 
     processes: of this call, which share its batch; None for as many as the step was trained by.
     start: the model that its step 1 starts from where that is another run's, None if it is not known.
+    previous: the model that the step is asked to start from (--prev_checkpoint), if there is one.
     The data set is not looked at.
     """
     folder = config.step_dir()
@@ -97,6 +102,12 @@ def is_finished(config: Config, processes: int | None = None, start: Path | None
         )
     _check_unchanged(folder)
     check_not_stale(config, config.task.step, start)
+    known = record.get("previous")
+    if previous and known is not None and content_digest(Path(previous)) != known:
+        raise UserError(
+            f"{folder} holds a finished step that started from another model than {previous}: choose "
+            "another --name, or --overwrite it"
+        )
     return True
 
 
@@ -122,18 +133,28 @@ def _check_unchanged(folder):
         )
 
 
+def model_before(folder: Path) -> Path | None:
+    """The model of the run's own step before, which the step in a folder started from; None if it was
+    another one, or is gone."""
+    if not _record(folder).get("own_previous"):
+        return None
+    return final_checkpoint(folder.with_name(f"step_{int(folder.name[5:]) - 1}"))
+
+
+def is_stale(folder: Path, before: Path | None) -> bool:
+    """Whether the step in a folder was trained from another model than `before`; None is unknown."""
+    return before is not None and content_digest(before) != _record(folder).get("previous")
+
+
 def check_not_stale(config: Config, step: int, start: Path | None = None) -> None:
     """Raise UserError if a step, or one that it goes back to, was trained from another model than the
     one before it is now; start as in is_finished."""
     for later in range(step, 0, -1):
         folder = config.step_dir(later)
-        record = _record(folder)
-        before = start if later == 1 else None
-        if record.get("own_previous"):
-            before = final_checkpoint(config.step_dir(later - 1))
+        before = model_before(folder) or (start if later == 1 else None)
         if before is None:
             return
-        if content_digest(before) != record.get("previous"):
+        if is_stale(folder, before):
             raise UserError(
                 f"{folder} was trained from another model of step {later - 1} than {before} is now: "
                 f"train it anew (--task_step {later} --overwrite)"
@@ -229,7 +250,7 @@ def _mend_memory(data, folder):
                     "and the data set: restore it from a copy, or train that step anew "
                     f"(--task_step {was.task.step} --overwrite)"
                 )
-            place_memory(place)
+            put_in_place(place)
         finally:
             shutil.rmtree(beside(place), ignore_errors=True)
     log.warning(f"{place} was missing or damaged: it was drawn again, the same by its digest")
@@ -254,6 +275,17 @@ def make_model(content: dict, path: Path, task: Task, backbone: str, step: int) 
         raise UserError(f"{path} is damaged: its order of classes is no list")
     if order is not None and [*order] != list(task.order[: len(order)]):
         raise UserError(f"{path} learned other classes than {task.name} has there, or in another order")
+    arch, classes = (
+        content.get("arch"),
+        known.get("settings", {}).get("data_loader.args.dataset.classes"),
+    )
+    if isinstance(arch, dict) and arch.get("backbone", backbone) != backbone:
+        raise UserError(f"{path} has the backbone {arch['backbone']}, not {backbone}: give that one")
+    learned = task.order[: len(order)] if order else ()
+    if isinstance(classes, dict) and any(
+        classes.get(name) != id for name, id in zip(task.named(learned), learned, strict=True)
+    ):
+        raise UserError(f"{path} learned classes of other names than those of {task.name} here")
     model = DeepLabV3([len(classes) for classes in task.steps[: step + 1]], backbone)
     load_weights(model, content["state_dict"], path)
     return model
@@ -262,8 +294,8 @@ def make_model(content: dict, path: Path, task: Task, backbone: str, step: int) 
 def begin(trainer: "Trainer") -> None:
     """Start to write: from here on the step is unfinished. Old output goes, unless it is resumed.
 
-    The trainer is prepared: nothing that it was asked for is refused any more. The memory stays, unless
-    another one was drawn: a run that was killed after drawing it goes on with it. So do pseudo labels.
+    The trainer is prepared: nothing that it was asked for is refused any more. A
+    memory that was drawn takes its place, and so do pseudo labels; a resumed run goes on with its own.
     To be called by all processes, of which the first one writes.
     """
     if rank() == 0:
@@ -277,12 +309,12 @@ def _begin(trainer):
     config, folder, memory = trainer.config, trainer.folder, trainer.dataset.memory
     # what marks the step as finished goes first: a kill in between leaves an unfinished step
     (folder / "metrics.json").unlink(missing_ok=True)
-    if trainer.overwrite:
+    if not trainer.resume and not memory:
         remove_memory(folder / "memory")
     if memory and memory.folder != folder / "memory":
-        place_memory(folder / "memory")
+        put_in_place(folder / "memory")
     if trainer.dataset.pseudo and trainer.dataset.pseudo.folder != folder / "pseudo_labels":
-        place_pseudo_labels(folder / "pseudo_labels")
+        put_in_place(folder / "pseudo_labels")
     if not trainer.resume:
         for pattern in ("last.pth", "model_best.pth", "checkpoint-epoch*.pth", "made_from.json"):
             for path in folder.glob(pattern):
@@ -326,8 +358,9 @@ def made_from(trainer: "Trainer") -> dict:
     previous, own_previous: digest of the model before, and whether that is the own run's step t-1;
     memory: digest of the memory's manifest; batch: images of an update, over all processes; bn_batch:
     images that batch normalisation takes its statistics over, None where it is frozen; processes, bs,
-    accumulate: how the batch was shared; train, val: digests of the data set's lists and of the classes
-    in their labels; settings: all options that make an experiment, by their paths.
+    accumulate: how the batch was shared; precision: of the networks; train, val: digests of the data
+    set's lists and of the classes in their labels; settings: all options that make an experiment, by
+    their paths.
     """
     config, previous = trainer.config, trainer.previous
     before, memory = config.step_dir(trainer.data.step - 1), trainer.dataset.memory
@@ -340,6 +373,7 @@ def made_from(trainer: "Trainer") -> dict:
         "processes": world_size(),
         "bs": config.data.train.batch_size,
         "accumulate": config.trainer.accumulate,
+        "precision": str(trainer.amp_dtype),
         **{split: trainer.data.digest(split) for split in SPLITS},
         "settings": {
             o.path: get(config, o.path)
@@ -358,6 +392,7 @@ CANNOT_GO_ON = {
     "batch": "an update took {old} images over all processes, now {new}: resume with {processes} "
     "process(es) and --bs {bs}, or, where batch normalisation is frozen, with others that make {old}",
     "train": "the training list or its labels have changed since; --overwrite trains this step anew",
+    "val": "the validation list or its labels have changed since; --overwrite trains this step anew",
 }
 
 # Settings that a step should share with the one before it. Others differ by design (learning rate,
@@ -400,6 +435,8 @@ def restore(trainer: "Trainer", content: dict, path: Path) -> None:
             if key in old and old[key] != new[key]:
                 reason = reason.format(**{**old, "old": old[key], "new": new[key]})
                 raise UserError(f"{path} cannot be resumed from: {reason}")
+        if old.get("precision", new["precision"]) != new["precision"]:
+            log.warning(f"{path} was trained in {old['precision']}, and goes on in {new['precision']}")
         if type(content["epoch"]) is not int:
             raise ValueError(f"its epoch is {content['epoch']!r}")
         if not 0 <= content["epoch"] <= trainer.config.trainer.epochs:

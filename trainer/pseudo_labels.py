@@ -1,7 +1,6 @@
 """What the teacher believes the background of new images to be (METHOD 5, 1)."""
 
 import io
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -112,7 +111,7 @@ def store_pseudo_labels(
 
     Returns where they are: in the folder, if it has those that were made from the same, with the same
     threshold and at the same size, of which each file stays; else beside it, where
-    `place_pseudo_labels` can take them from, and where another call goes on with them.
+    `put_in_place` can take them from, and where another call goes on with them.
 
     teach: from normalised images [N, 3, h, w] to logits at stride 16; order: the class id of each
     channel from 1 on; threshold: as in pseudo_labels; made_from: digests of teacher, data and
@@ -149,12 +148,3 @@ def store_pseudo_labels(
             write_atomically(path, lambda out, file=file: out.write(file.getbuffer()))
     barrier()
     return folder
-
-
-def place_pseudo_labels(folder: Path) -> None:
-    """Bring pseudo labels that were made beside their folder there; a kill in between leaves none."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(beside(folder), folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from None

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from configs.options import Config, EvalCall, TrainCall
+from configs.options import EVALUATED, Config, EvalCall, TrainCall, load_config
 from data_loader.data_loaders import StepData
 from data_loader.memory import beside
 from trainer import output
@@ -15,6 +15,7 @@ from trainer.dkd import DKDBaseStep, DKDStep
 from trainer.evaluate import evaluate
 from trainer.incremental import IncrementalStep
 from utils.checkpoint import final_checkpoint, locked, read_json_object, write_json
+from utils.config import differences
 from utils.distributed import barrier, device, rank, world_size
 from utils.errors import UserError
 from utils.logging import log, set_up_logging
@@ -30,9 +31,11 @@ def train(config: Config, call: TrainCall) -> None:
     if call.test:
         _start_log(config, call, None)
         named = call.resume and call.resume != "auto"
-        _evaluate(config, Path(call.resume) if named else _finished_checkpoint(folder))
+        path = Path(call.resume) if named else _last_checkpoint(folder)
+        _say_how_it_was_trained(config, path)
+        _evaluate(config, path)
         return
-    if not call.overwrite and output.is_finished(config, world_size()):
+    if not call.overwrite and output.is_finished(config, world_size(), previous=call.prev_checkpoint):
         if rank() == 0:
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
         return
@@ -88,6 +91,8 @@ def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
 
 def _check_output(path):
     """Raise UserError where anything but nothing, an empty file, or such numbers would be lost."""
+    if path.name == "metrics.json" and (path.parent / "made_from.json").exists():
+        raise UserError(f"{path} has the results of a step: give another --output")
     if not path.exists() or (path.is_file() and not path.stat().st_size):
         return
     if not (path.is_file() and (read_json_object(path) or {}).keys() >= {*METRICS}):
@@ -103,6 +108,7 @@ def _evaluate(config, path, score=0.5):
     model.to(device(), memory_format=torch.channels_last)
     metrics = evaluate(model, data, "test", device(), score)
     log.info(format_table(metrics, *data.groups))
+    log.info(f"\ncheckpoint  {path}")
     return metrics
 
 
@@ -114,8 +120,21 @@ def _start_log(config, call, folder):
         log.warning(f"without effect here: {', '.join(call.unused)}")
 
 
-def _finished_checkpoint(folder):
+def _last_checkpoint(folder):
     path = final_checkpoint(folder)
     if path is None:
         raise UserError(f"nothing to evaluate in {folder}: train the step first, or give -r PATH")
+    if not output.has_results(folder):
+        log.warning(f"{folder} is not finished: {path.name} is the latest that was kept")
     return path
+
+
+def _say_how_it_was_trained(config, path):
+    """Warn of settings that an evaluation makes use of and that the training had others of."""
+    trained = path.parent / "config.json"
+    if trained.is_file():
+        other = [key for key in differences(load_config(trained)[0], config) if key in EVALUATED]
+        if other:
+            log.warning(
+                f"{path} was trained with other settings ({', '.join(other)}), which eval_voc.py takes"
+            )

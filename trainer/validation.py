@@ -14,7 +14,7 @@ class Validation:
     """
 
     def __init__(self, config: Config):
-        """Raises UserError for a monitor that could never be read, or early stopping without one."""
+        """Raises UserError for a monitor of no such name, or early stopping without one."""
         self.settings, self.metrics = config.trainer, config.metrics
         self.best, self.stale = None, 0
         settings = self.settings
@@ -36,6 +36,7 @@ class Validation:
         """Take the metrics of a validation (utils.metrics.compute_metrics).
 
         Returns what goes into the epoch's record, and whether the monitored value is the best so far.
+        At step 0 there are no new classes: a monitor of theirs has no value, and stops nothing.
         """
         values = {
             record_key(metric, group): metrics[metric][group]
@@ -45,9 +46,9 @@ class Validation:
         if self.settings.monitor == "off":
             return values, False
         value = values.get(self.key)
-        better = value is not None and (
-            self.best is None or (value > self.best if self.mode == "max" else value < self.best)
-        )
+        if value is None:
+            return values, False
+        better = self.best is None or (value > self.best if self.mode == "max" else value < self.best)
         self.best, self.stale = (value, 0) if better else (self.best, self.stale + 1)
         return values, better
 

@@ -53,14 +53,17 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
-    """The error for a file or folder that could not be written: what, why, and how much is free."""
+    """The error for what could not be written: what, why, and if there is no room, how much is free."""
+    what = f"cannot write {path}: {error.strerror or error}"
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        return UserError(f"{what}. What was saved before stands")
     free = ""
     with contextlib.suppress(OSError):
         existing = next(parent for parent in Path(path).absolute().parents if parent.is_dir())
         free = f"; {shutil.disk_usage(existing).free / 2**20:.0f} MiB are free there"
     return UserError(
-        f"cannot write {path}: {error.strerror or error}{free}. What was saved before stands; run the "
-        "same command again once there is room (a training with --resume auto)"
+        f"{what}{free}. What was saved before stands; run the same command again once there is room "
+        "(a training with --resume auto)"
     )
 
 
@@ -71,12 +74,12 @@ def save_checkpoint(path: Path, content: dict) -> None:
         failures = []
 
         class Remembers:
-            """torch.save hides the operating system's error in one of its own: this remembers it."""
+            """torch.save hides what ended it, such as a full disk, in an error of its own."""
 
             def write(self, data):
                 try:
                     return file.write(data)
-                except OSError as error:
+                except BaseException as error:
                     failures.append(error)
                     raise
 

@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import difflib
 import json
+import os
 import types
 import typing
 from collections.abc import Callable, Iterator
@@ -105,6 +106,8 @@ class Option:
             raise UserError(f"{name} is {value}; it must be finite, also in single precision")
         if told["complain"] and (complaint := told["complain"](value)):
             raise UserError(f"{name} is {value!r}; {complaint}")
+        if told["complain"] is no_path:
+            return os.path.expanduser(value)
         if told["choices"]:
             wrong = [v for v in (value if self.kind is list else [value]) if v not in told["choices"]]
             if wrong:

@@ -151,7 +151,7 @@ class TestOwnSet:
             ({"classes": ["a"]}, "must be an object"),
             ({"train_images": "photos/x.jpg"}, "{} stands for the id"),
             ({"val_labels": []}, "{} stands for the id"),
-            ({"highest_id": 6}, "class id 7"),
+            ({"highest_id": 6}, "the id 7, above its highest_id of 6"),
             ({"train_list": None, "train_images": "photos/{}.png"}, "no image"),
             ({"folders": ["elsewhere"]}, "has no photos folder"),
         ],

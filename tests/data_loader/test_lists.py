@@ -159,7 +159,13 @@ class TestWhatAListNames:
                 (own_root / copy).write_bytes((own_root / source).read_bytes())
             lines += [f"{image} {label}", " ".join(copies)]
         list_file(own_root, "val").write_text("\n".join(lines))
-        assert len(DataRoot(own_root).read_list("val").ids) == 6
+        ids = DataRoot(own_root).read_list("val").ids
+        assert len({*ids}) == 6 and ids[0] == image_of(lines[0]) and ids[1] == image_of(lines[1])
+
+
+def image_of(line):
+    """The id of a line's image that shares its name with another: its path, so that files differ."""
+    return line.split()[0].removesuffix(".jpg").replace("/", "+")
 
 
 class TestValidationImagesInTraining:

@@ -16,7 +16,7 @@ from PIL import Image
 from data_loader import memory as memory_module
 from data_loader.data_loaders import StepData
 from data_loader.dataset import TrainDataset, normalize
-from data_loader.memory import balanced_draw, beside, place_memory, read_manifest
+from data_loader.memory import balanced_draw, beside, put_in_place, read_manifest
 from data_loader.tasks import get_task
 from tests.helpers import CLASS_NAMES, small_config, snapshot
 from utils.errors import UserError
@@ -52,7 +52,7 @@ def kept_memory(data, folder, previous):
     """The memory of a step, in its folder, as a run leaves it."""
     memory = data.memory(folder, previous)
     if beside(folder).is_dir():
-        place_memory(folder)
+        put_in_place(folder)
     return memory
 
 

@@ -133,8 +133,11 @@ def test_a_label_of_another_size_is_refused(photographs, steps, tmp_path, run):
 def test_what_cannot_be_read_is_named_and_the_others_are_predicted(photographs, steps, tmp_path, run):
     (photographs / "broken.jpg").write_bytes(b"no image")
     Image.new("I;16", (20, 20)).save(photographs / "deep.png")
+    pages = [Image.new("RGB", (20, 20), colour) for colour in ("red", "blue")]
+    pages[0].save(photographs / "pages.tif", save_all=True, append_images=pages[1:])
     result = run(main, "-r", steps[0], "--input", photographs, "--output", tmp_path / "out")
-    assert "2 of 4 photographs have no prediction" in error_line(result)
+    assert "3 of 5 photographs have no prediction" in error_line(result)
+    assert f"warning: the image {photographs / 'pages.tif'} holds 2 pictures" in result.stderr
     assert f"warning: cannot read the image {photographs / 'broken.jpg'}" in result.stderr
     assert f"warning: the image {photographs / 'deep.png'} has pixels of mode I;16" in result.stderr
     assert len(list((tmp_path / "out").iterdir())) == 4

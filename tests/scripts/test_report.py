@@ -16,6 +16,8 @@ from scripts import results
 from scripts.report import class_iou_figure, forgetting_figure, main, mean_iou_figure
 from scripts.results import read_comparisons
 from tests.helpers import CLASS_NAMES, PROJECT, error_line, run_script
+from utils.checkpoint import content_digest, json_digest, save_checkpoint, write_json
+from utils.metrics import METRICS
 
 COLUMNS = [*results.COLUMNS, *CLASS_NAMES[1:]]
 
@@ -303,7 +305,8 @@ def make_steps(folder: Path, root: Path, last: int, **task) -> Path:
         groups = {"overall": 70 - step, "old": 71.5, "new": 30.25, "harmonic": 42.5}
         if step == 0:
             groups |= {"new": None, "harmonic": None}
-        metrics = {"Mean_Intersection_over_Union": {**groups, "by_class": dict.fromkeys(names, 12.5)}}
+        iou = {**groups, "by_class": dict.fromkeys(names, 12.5)}
+        metrics = {metric: iou for metric in METRICS}
         (folder / f"step_{step}").mkdir(parents=True)
         (folder / f"step_{step}" / "metrics.json").write_text(json.dumps(metrics))
         (folder / f"step_{step}" / "config.json").write_text(json.dumps(config.to_dict()))
@@ -379,8 +382,30 @@ class TestRun:
         root = make_root(tmp_path / "voc", 20)
         assert "published" not in report(make_steps(tmp_path / "run", root, 1), capsys)
 
-    @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"Mean_Intersection_over_Union": {}}'])
+    @pytest.mark.parametrize(
+        "text", ["{", "[]", "{}", '{"Mean_Intersection_over_Union": {}}', "wrong types"]
+    )
     def test_damaged_metrics_are_one_line(self, tmp_path, capsys, text):
         path = make_steps(tmp_path, tmp_path, 1) / "step_1" / "metrics.json"
+        if text == "wrong types":
+            text = path.read_text().replace('"by_class": {', '"by_class": {"a": "b", ')
         path.write_text(text)
         assert failure(tmp_path, capsys).startswith(f"error: cannot read the metrics {path}: ")
+
+    def test_changed_numbers_are_refused_and_a_stale_step_is_named(self, tmp_path, capsys):
+        folder = make_steps(tmp_path, tmp_path, 1)
+        first, second = folder / "step_0", folder / "step_1"
+        save_checkpoint(first / "checkpoint-epoch1.pth", {"epoch": 1})
+        record = {
+            "own_previous": True,
+            "previous": content_digest(first / "checkpoint-epoch1.pth"),
+            "metrics": json_digest(json.loads((second / "metrics.json").read_text())),
+        }
+        write_json(second / "made_from.json", record)
+        assert "another model" not in report(folder, capsys)
+        save_checkpoint(first / "checkpoint-epoch1.pth", {"epoch": 1, "trained": "anew"})
+        assert "step 1 was trained from another model of step 0 than is there now" in report(
+            folder, capsys
+        )
+        write_json(second / "made_from.json", {**record, "metrics": "another"})
+        assert "damaged, or changed since they were written" in failure(folder, capsys)

@@ -470,6 +470,7 @@ class TestBadInput:
             (("--jobs", 0), "--jobs is 0"),
             (("--gpus", "0,"), "give indices of CUDA_VISIBLE_DEVICES=4,5"),
             (("--gpus", "2"), "give indices of CUDA_VISIBLE_DEVICES=4,5"),
+            (("--gpus", "0,-1"), "give indices of CUDA_VISIBLE_DEVICES=4,5"),
         ],
     )
     def test_in_the_flags(self, fresh, monkeypatch, flags, words):

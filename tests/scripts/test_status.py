@@ -8,7 +8,7 @@ import pytest
 
 from scripts.status import duration, main
 from tests.helpers import small_config
-from utils.checkpoint import write_json
+from utils.checkpoint import content_digest, save_checkpoint, write_json
 from utils.metrics import GROUPS, METRICS
 
 
@@ -63,6 +63,31 @@ def test_a_damaged_result_is_no_result(step, tmp_path, capsys):
     for path in (tmp_path / "saved").rglob("metrics.json"):
         path.write_text("{}")
     assert "0 of 3 steps done" in lines(tmp_path, capsys)[0]
+
+
+def test_a_damaged_run_does_not_hide_the_others(step, tmp_path, capsys):
+    step(0, 9, done=50.0)
+    other = tmp_path / "saved/models/a_run/step_0"
+    other.mkdir(parents=True)
+    (other / "config.json").write_text("{")
+    assert main([str(tmp_path / "saved")]) == 2
+    first, *rest = capsys.readouterr().out.splitlines()
+    assert first.startswith("a_run: ") and "is not valid JSON" in first
+    assert rest[0] == "overlap_10-5_EIR: 1 of 3 steps done"
+
+
+def test_a_step_that_started_from_another_model_is_marked(step, tmp_path, capsys):
+    for t in (0, 1):
+        step(t, 9, done=50.0)
+    first, second = sorted((tmp_path / "saved/models").glob("*/step_*"))
+    save_checkpoint(first / "checkpoint-epoch9.pth", {"epoch": 9})
+    record = {"own_previous": True, "previous": content_digest(first / "checkpoint-epoch9.pth")}
+    write_json(second / "made_from.json", record)
+    assert lines(tmp_path, capsys)[2].endswith("mIoU 50.00")
+    save_checkpoint(first / "checkpoint-epoch9.pth", {"epoch": 9, "trained": "anew"})
+    assert lines(tmp_path, capsys)[2].endswith(
+        "from another model of the step before than is there now"
+    )
 
 
 def test_a_folder_without_runs_ends_in_one_line(tmp_path, capsys):

@@ -66,6 +66,7 @@ def test_what_it_refuses(steps, tmp_path, run):
     flags = ("-r", steps[0], "--output")
     assert "give the name of a .png" in error_line(run(main, *flags, tmp_path / "a.jpg"))
     assert "--pixels starts at 1" in error_line(run(main, *flags, output, "--pixels", 0))
+    assert "--seed goes from 0" in error_line(run(main, *flags, output, "--seed", 2**32))
     assert "data root nowhere" in error_line(run(main, *flags, output, "--data_root", "nowhere"))
     three = ("-r", *steps, steps[0], "--output", output)
     assert "3 checkpoints: give one" in error_line(run(main, *three))

@@ -14,8 +14,10 @@ from tests.trainer.steps import assert_same, assert_same_step, raw_batch, run, s
 from trainer import base, base_step, output
 from trainer.base_step import BaseStep
 from trainer.setup import precision
+from trainer.validation import Validation
 from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint
 from utils.errors import UserError
+from utils.metrics import GROUPS, METRICS
 
 pytestmark = pytest.mark.usefixtures("cpu")
 
@@ -31,6 +33,10 @@ def step_0(voc_root, tmp_path):
         return trainer
 
     return make
+
+
+def metrics_of(**values):
+    return {metric: {**dict.fromkeys(GROUPS, 0.0), **values} for metric in METRICS}
 
 
 def one_hot(labels):
@@ -242,6 +248,30 @@ class TestCheckpoints:
         assert read_checkpoint(folder / "model_best.pth")["epoch"] == 2
         assert final_checkpoint(folder) == folder / "checkpoint-epoch4.pth"
         assert (folder / "metrics.json").is_file()
+
+    def test_monitors_of_the_least_and_of_what_step_0_does_not_have(self, voc_root, tmp_path):
+        watched = {"trainer__validation_period": 1, "trainer__early_stop": 2}
+        least = "min val_Mean_Intersection_over_Union"
+        validation = Validation(small_config(voc_root, tmp_path, trainer__monitor=least, **watched))
+        found = [validation.record(metrics_of(overall=value))[1] for value in (3.0, 2.0, 2.5, 1.0)]
+        assert found == [True, True, False, True] and validation.best == 1.0
+        new = "max val_Mean_Intersection_over_Union_new"
+        validation = Validation(small_config(voc_root, tmp_path, trainer__monitor=new, **watched))
+        assert not any(validation.record(metrics_of(new=None))[1] for _ in range(5))
+        assert not validation.stops()
+
+    @pytest.mark.parametrize(("reset", "best"), [(False, 42.0), (True, None)])
+    def test_the_best_value_is_forgotten_on_resuming_if_that_is_asked_for(
+        self, voc_root, tmp_path, reset, best
+    ):
+        config = small_config(voc_root, tmp_path, epochs=1)
+        run(config)
+        last = config.step_dir() / "last.pth"
+        save_checkpoint(last, {**read_checkpoint(last), "best": 42.0})
+        config.trainer.reset_best_mnt = reset
+        trainer = BaseStep(config, StepData(config), resume=last)
+        trainer.prepare()
+        assert trainer.validation.best == best
 
     def test_a_training_state_that_does_not_fit_is_refused(self, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path / "saved", epochs=1)

@@ -30,7 +30,14 @@ from trainer import output
 from trainer.base_step import BaseStep
 from trainer.incremental import IncrementalStep
 from trainer.output import has_results
-from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint, write_atomically
+from utils.checkpoint import (
+    final_checkpoint,
+    json_digest,
+    read_checkpoint,
+    save_checkpoint,
+    write_atomically,
+    write_json,
+)
 from utils.errors import UserError
 from utils.logging import log
 
@@ -328,6 +335,29 @@ class TestStart:
         with pytest.raises(UserError, match=words):
             IncrementalStep(config, StepData(config), None, step_0)
 
+    def test_a_model_of_other_names_or_another_backbone_is_refused(self, voc_root, tmp_path, step_0):
+        content = read_checkpoint(step_0)
+        config = settings(voc_root, tmp_path)
+        for key, value, words in (
+            (
+                "arch",
+                {**content["arch"], "backbone": "resnet18"},
+                "has the backbone resnet18, not tiny",
+            ),
+            (
+                "classes",
+                {"ape": 12, "bee": 9},
+                f"learned classes of other names than those of {SHUFFLED}",
+            ),
+        ):
+            if key == "classes":
+                made = content["made_from"]
+                classes = {"data_loader.args.dataset.classes": value}
+                key, value = "made_from", {**made, "settings": {**made["settings"], **classes}}
+            save_checkpoint(tmp_path / "other.pth", {**content, key: value})
+            with pytest.raises(UserError, match=words):
+                IncrementalStep(config, StepData(config), None, tmp_path / "other.pth")
+
 
 LOSSES = [
     {},
@@ -573,6 +603,38 @@ class TestOverwrite:
             return command("train_voc.py", *flags, "--overwrite", *more)
 
         return call
+
+    def test_a_finished_step_that_started_from_another_model_is_not_that_run(
+        self, own_step, voc_root, tmp_path, step_0
+    ):
+        config = settings(voc_root, tmp_path, mem_size=6)
+        before = snapshot(own_step)
+        run(config, prev_checkpoint=str(step_0))
+        other = tmp_path / "other.pth"
+        save_checkpoint(other, {**read_checkpoint(step_0), "epoch": 99})
+        with pytest.raises(UserError, match=f"started from another model than {other}: choose another"):
+            run(config, prev_checkpoint=str(other))
+        assert snapshot(own_step) == before
+
+    @pytest.mark.parametrize("replay", ["eir", "none"])
+    def test_what_a_killed_run_drew_is_not_taken_for_its_own(
+        self, own_step, voc_root, tmp_path, step_0, replay
+    ):
+        """Killed before its first checkpoint: all that is left is the memory, of other data."""
+        drawn = read_manifest(own_step / "memory")["sha256"]
+        for path in own_step.iterdir():
+            if path.is_file():
+                path.unlink()
+        manifest = json.loads((own_step / "memory" / "manifest.json").read_text())
+        manifest["entries"] = manifest["entries"][:1]
+        del manifest["sha256"]
+        write_json(own_step / "memory" / "manifest.json", {**manifest, "sha256": json_digest(manifest)})
+        config = settings(voc_root, tmp_path, mem_size=6, replay=replay)
+        run(config, resume="auto", prev_checkpoint=str(step_0))
+        if replay == "none":
+            assert not (own_step / "memory").exists()
+        else:
+            assert read_manifest(own_step / "memory")["sha256"] == drawn
 
     def test_it_draws_the_memory_anew(self, own_step, overwrite):
         again = overwrite("--freeze_bn", mem_size=4)

@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import io
 import os
 import pickle
 import sys
@@ -207,9 +208,27 @@ def test_a_full_disk_is_one_clear_error(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_an_interruption_while_a_checkpoint_is_written_stays_one(tmp_path, monkeypatch):
+    """torch.save would make an error of its archive of it."""
+    calls = []
+
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            calls.append(len(data))
+            if len(calls) == 5:
+                raise KeyboardInterrupt
+            return super().write(data)
+
+    monkeypatch.setattr(checkpoint, "write_atomically", lambda path, write: write(Interrupted()))
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(tmp_path / "c.pth", {"weights": torch.zeros(100_000)})
+
+
 def test_what_is_no_regular_file_is_not_replaced(tmp_path):
     os.mkfifo(tmp_path / "pipe")  # as a device, such as /dev/null, would be where root writes
-    with pytest.raises(UserError, match=r"cannot write .*pipe: it is no regular file"):
+    with pytest.raises(
+        UserError, match=r"cannot write .*pipe: it is no regular file\. What was saved before stands$"
+    ):
         write_atomically(tmp_path / "pipe", lambda file: file.write(b"x"))
     assert (tmp_path / "pipe").is_fifo() and len([*tmp_path.iterdir()]) == 1
 
