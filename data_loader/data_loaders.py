@@ -76,7 +76,7 @@ class EvalBatches(Sampler[list[int]]):
 def make_loader(dataset: Dataset, batches: Sampler, workers: int, pin: bool) -> DataLoader:
     """A loader over those batches, its workers kept from epoch to epoch.
 
-    It draws its workers' seeds from a generator of its own, not from the one that dropout uses.
+    It draws its workers' seeds from a generator of its own, so that nothing else draws other numbers.
     """
     workers = _clipped(workers, cores())
     return DataLoader(

@@ -125,8 +125,9 @@ launch(work, Config())
         ("ValueError", "error: a fault of this program, please report"),
     ],
 )
-def test_an_error_does_not_wait_for_processes_in_an_nccl_collective(kind, line):
-    result = run_script("-c", FAILING, kind, **ALONE, MASTER_PORT=str(free_port()))
+def test_an_error_does_not_wait_for_processes_in_an_nccl_collective(kind, line, tmp_path):
+    where = {"MASTER_PORT": str(free_port()), "TMPDIR": str(tmp_path)}
+    result = run_script("-c", FAILING, kind, **ALONE, **where)
     assert error_line(result).startswith(line)
     assert result.stdout == ""
 
@@ -209,10 +210,11 @@ def test_the_first_process_holds_the_store_until_nobody_looks_at_it():
     assert "Traceback" not in result.stderr and "error: " not in result.stderr
 
 
-def test_a_process_that_waits_at_a_barrier_ends_when_another_one_fails():
+def test_a_process_that_waits_at_a_barrier_ends_when_another_one_fails(tmp_path):
     """Its launcher's SIGTERM ends it at once; torchrun would kill it after 30 seconds."""
     failing = PATIENT.replace("time.sleep(", "rank() or print(time.time(), flush=True) or 1 / 0, (")
-    result = run_script(*TWO, free_port(), "--no_python", sys.executable, "-c", failing, 0)
+    command = (*TWO, free_port(), "--no_python", sys.executable, "-c", failing, 0)
+    result = run_script(*command, TMPDIR=str(tmp_path))
     assert result.returncode != 0 and "ZeroDivisionError" in result.stderr
     assert time.time() - float(result.stdout) < 25  # since it failed, however long they took to start
 
