@@ -262,7 +262,7 @@ class TestDKD:
         config, call = read_train([*flags, "--method", "eir"])
         weights = config.hyperparameter
         assert (weights.dkd_pos, weights.dkd_neg, weights.ac) == (5, 5, 0.5)
-        assert call.ignored == list(DKD_ALONE)
+        assert call.ignored == [f"{key} (of --method dkd)" for key in DKD_ALONE]
         assert load_config(write(tmp_path, config.to_dict())) == (config, [])
 
     def test_its_configuration_is_the_papers(self):
