@@ -2,9 +2,9 @@
 
 Each iteration leaves its losses on the device. They are read, which waits for the device, every
 `interval` iterations, when progress is shown. Where batch normalisation is frozen (`--freeze_bn`), an
-iteration waits nowhere else; PyTorch's synchronised batch normalisation does. A loss that
-is not finite raises a flag on the device, which keeps the optimiser from stepping at once (as the loss
-scaler does by itself, where there is one), and ends the run when it is read.
+iteration waits nowhere else; PyTorch's synchronised batch normalisation does. A loss that is not finite
+raises a flag on the device, which keeps the optimiser from stepping at once (as the loss scaler does by
+itself, where there is one), and ends the run when it is read.
 """
 
 import sys

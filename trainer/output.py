@@ -275,12 +275,10 @@ def make_model(content: dict, path: Path, task: Task, backbone: str, step: int) 
         raise UserError(f"{path} is damaged: its order of classes is no list")
     if order is not None and [*order] != list(task.order[: len(order)]):
         raise UserError(f"{path} learned other classes than {task.name} has there, or in another order")
-    arch, classes = (
-        content.get("arch"),
-        known.get("settings", {}).get("data_loader.args.dataset.classes"),
-    )
+    arch = content.get("arch")
     if isinstance(arch, dict) and arch.get("backbone", backbone) != backbone:
         raise UserError(f"{path} has the backbone {arch['backbone']}, not {backbone}: give that one")
+    classes = known.get("settings", {}).get("data_loader.args.dataset.classes")
     learned = task.order[: len(order)] if order else ()
     if isinstance(classes, dict) and any(
         classes.get(name) != id for name, id in zip(task.named(learned), learned, strict=True)
@@ -294,8 +292,8 @@ def make_model(content: dict, path: Path, task: Task, backbone: str, step: int) 
 def begin(trainer: "Trainer") -> None:
     """Start to write: from here on the step is unfinished. Old output goes, unless it is resumed.
 
-    The trainer is prepared: nothing that it was asked for is refused any more. A
-    memory that was drawn takes its place, and so do pseudo labels; a resumed run goes on with its own.
+    The trainer is prepared: nothing that it was asked for is refused any more. A memory that was drawn
+    takes its place, and so do pseudo labels; a resumed run goes on with its own.
     To be called by all processes, of which the first one writes.
     """
     if rank() == 0:
