@@ -69,13 +69,11 @@ class Trainer:
         data: StepData,
         resume: Path | None = None,
         previous: Path | None = None,
-        overwrite: bool = False,
     ):
-        """resume: checkpoint of this step to go on from; previous: final one of the step before.
-
-        overwrite: what the step's folder holds is to be replaced.
+        """resume: checkpoint of this step to go on from, None where what its folder holds is replaced;
+        previous: final one of the step before.
         """
-        self.config, self.data, self.previous, self.overwrite = config, data, previous, overwrite
+        self.config, self.data, self.previous = config, data, previous
         self.folder = config.step_dir()
         self.device = device()
         self.epoch = 0

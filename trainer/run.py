@@ -45,7 +45,7 @@ def train(config: Config, call: TrainCall) -> None:
     data = StepData(config)
     previous = output.previous_checkpoint(config, call) if data.step else None
     kind = STEPS[config.method][min(data.step, 1)]
-    trainer = kind(config, data, resume, previous, call.overwrite)
+    trainer = kind(config, data, resume, previous)
     barrier()  # all processes have looked at the folder before the first one writes into it
     busy = f"another process is training {folder}: wait for it, or end it"
     with locked(folder, busy) if rank() == 0 else contextlib.nullcontext():
