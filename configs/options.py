@@ -566,6 +566,13 @@ class Hyperparameter:
         choices=("off", "crop", "image"),
         used=IN_EIR,
     )
+    soft_background: bool = option(
+        False,
+        "the teacher's scores as the old classes' targets in the BCE of background that has neither "
+        "pseudo label nor instance; off: zeros, as in the paper",
+        "--soft_background",
+        used=IN_EIR,
+    )
     kd_mode: str = option(
         "rskd",
         "distillation, by what the teacher's background is compared with; rskd: on pixels of a new "

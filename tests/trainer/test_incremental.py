@@ -370,6 +370,8 @@ LOSSES = [
     {"kd_mode": "none", "lambda_min": 0.5, "accumulate": 2},
     {"pseudo_thresh": 0.92, "ignore_thresh": 0.8, "replay": "image"},
     {"pseudo_thresh": 0.92, "ignore_thresh": 0.8},
+    {"soft_background": True, "pseudo_thresh": 0.92, "pos_weight": 2.0},
+    {"soft_background": True, "pseudo_labels": "off", "kd_mode": "none", "replay": "image"},
 ]
 
 
@@ -475,6 +477,14 @@ def plain_loss(trainer, batch):
     valid = (batch.labels != 255).sum()
     assert 0 < valid < batch.labels.numel()
     bce = plain_bce(logits, soft, labels, hyper.pos_weight).sum() / valid
+    if hyper.soft_background:
+        scores = trainer.teacher(images)[:, 1:].sigmoid()
+        student = logits[:, 1 : 1 + scores.shape[1]]
+        free = (labels == 0) & (soft[:, 0] == 1)
+        yes, no = student.sigmoid().log(), (1 - student.sigmoid()).log()
+        with_scores, with_zeros = -(scores * yes + (1 - scores) * no), -no
+        assert free.any() and not free.all()
+        bce = bce + ((with_scores - with_zeros) * free[:, None]).sum() / valid
     if hyper.kd_mode == "none":
         return hyper.mbce * bce, torch.zeros(())
     covered = weights.sum(dim=1) > 0
