@@ -35,6 +35,9 @@ EVALUATED = {
     "data_loader.args.task.step",
     "data_loader.args.train.args.transform_args.crop_size",  # and those of val and test by its flag
     "data_loader.args.val.args.transform",  # and that of test by its flag
+    "data_loader.args.test.args.transform",
+    "data_loader.args.test.args.masking_value",
+    "data_loader.args.test.args.transform_args.crop_size",
     "data_loader.args.allow_val_in_train",
     "arch.args.backbone",
     "multiprocessing_distributed",

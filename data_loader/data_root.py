@@ -439,19 +439,19 @@ def orientation(image: Image.Image) -> int:
     return turned if turned in range(1, 9) else 1
 
 
-def check_photograph(image: Image.Image, path: Path) -> None:
+def check_photograph(image: Image.Image, path: Path, labelled: bool = True) -> None:
     """Refuse an opened photograph whose pixels, as read_image reads them, are not what one sees.
 
     Pillow would cut 16-bit values off at 255 and show the colours that lie under transparent pixels.
     A photograph that viewers turn has a label for its pixels as stored or as shown: where the two have
-    the same size, nobody can tell.
+    the same size, nobody can tell. labelled: whether it has a label.
     """
     turned = orientation(image)
     if image.mode not in PHOTOGRAPH_MODES:
         wrong = f"has pixels of mode {image.mode}: save it with 8 bits a channel, in RGB or grey"
     elif getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # MPO: a JPEG and its previews
         wrong = f"holds {image.n_frames} pictures: save the one that its label belongs to"
-    elif turned in (2, 3, 4) or (turned > 4 and image.width == image.height):
+    elif labelled and (turned in (2, 3, 4) or (turned > 4 and image.width == image.height)):
         wrong = (
             f"is shown turned or mirrored (EXIF orientation {turned}), and its label may be for either "
             "form: turn its pixels if the label is as shown, and take the EXIF data out"

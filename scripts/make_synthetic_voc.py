@@ -271,11 +271,12 @@ def make_synthetic_voc(
     output = Path(output)
     if output.exists() and any(output.iterdir()):
         raise FileExistsError(f"{output} is not empty: name a new folder or empty this one first")
+    splits = ((TRAIN, "train_aug", 2007, train), (VAL, "val", 2008, val))
+    drawn = [drawn_labels(labels, s, count, seed) if labels else None for s, _, _, count in splits]
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
         (output / folder).mkdir(parents=True, exist_ok=True)
-    for split, name, year, count in ((TRAIN, "train_aug", 2007, train), (VAL, "val", 2008, val)):
+    for (split, name, year, count), files in zip(splits, drawn, strict=True):
         lines = []
-        files = drawn_labels(labels, split, count, seed) if labels else None
         for index in range(count):
             if files:
                 image, label = render_label(seed, split, index, size, files[index])

@@ -38,6 +38,8 @@ def predict_all(_, args: argparse.Namespace) -> None:
         raise UserError(f"--score is {args.score}; it must be between 0 and 1")
     if len(args.resume) > 1 and not args.compare:
         raise UserError("several checkpoints are for --compare: give one with -r, or add --compare")
+    if args.labels and not (args.compare and args.labels.is_dir()):
+        raise UserError(f"--labels {args.labels}: give a folder that is there, and --compare with it")
     photographs = find_photographs(args.input, args.output)
     models = sorted((read_trained(path, args) for path in args.resume), key=lambda model: model.step)
     for model in models:
@@ -79,7 +81,7 @@ def find_photographs(where: Path, output: Path) -> list[Path]:
 
 def show(path: Path, models: list[Trained], args: argparse.Namespace) -> None:
     """Write label map and overlay of a photograph, and print which classes were found."""
-    photograph, (model,) = read_photograph(path), models
+    photograph, (model,) = read_photograph(path, labelled=False), models
     label = predict_label(model, photograph, args.score)
     names, shares = names_in(label, model), np.bincount(label.ravel(), minlength=256) / label.size
     write(args.output / f"{path.stem}_labels.png", label_image(label))
@@ -91,7 +93,7 @@ def show(path: Path, models: list[Trained], args: argparse.Namespace) -> None:
 
 def compare(path: Path, models: list[Trained], args: argparse.Namespace) -> None:
     """Write the sheet of a photograph: itself, its label, and what each step predicts."""
-    photograph, last = read_photograph(path), models[-1]
+    photograph, last = read_photograph(path, labelled=True), models[-1]
     truth = find_label(path, photograph, last, args.labels)
     labels = [] if truth is None else [("label", truth)]
     for model, title in zip(models, titles(models), strict=True):
@@ -114,10 +116,10 @@ def caption(model: Trained, title: str) -> str:
     return title if len(title) < 33 else f"...{title[-30:]}"
 
 
-def read_photograph(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3], turned as viewers show it; UserError for a file that is no such image."""
+def read_photograph(path: Path, labelled: bool) -> np.ndarray:
+    """uint8 [H, W, 3], turned as viewers show it; UserError as check_photograph has it."""
     with reading("the image", path), Image.open(path) as image:
-        check_photograph(image, path)
+        check_photograph(image, path, labelled)
         return np.array(ImageOps.exif_transpose(image).convert("RGB"))
 
 

@@ -61,6 +61,7 @@ VOC_FILE = re.compile(
     r"(?:^|/)(JPEGImages/\d{4}_\d{6}\.jpg|SegmentationClass(?:Aug)?/\d{4}_\d{6}\.png"
     r"|ImageSets/Segmentation/\w+\.txt)$"
 )
+OTHER_YEAR = re.compile(r"(?:^|/)VOC(?!2012/)\d{4}/")  # whose lists are others by the same names
 SBD_FILE = re.compile(r"(?:^|/)cls/(\d{4}_\d{6})\.mat$")
 
 
@@ -165,7 +166,7 @@ def take(source: Path, home: Path, sbd: bool) -> None:
     try:
         for name, read in members(source):
             found = (SBD_FILE if sbd else VOC_FILE).search(f"{top}/{name}")
-            if not found:
+            if not found or OTHER_YEAR.search(f"{top}/{name}"):
                 continue
             target = home / (f"{AUGMENTED}/{found[1]}.png" if sbd else found[1])
             if target.exists():

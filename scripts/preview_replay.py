@@ -35,12 +35,16 @@ def preview(config, call, options) -> None:
         raise UserError("step 0 replays nothing: give --task_step 1 or higher")
     if config.method != "eir":
         raise UserError(f"--method {config.method} pastes nothing: there is nothing to preview")
+    if config.data.memory.replay != "eir":
+        raise UserError(f"--replay {config.data.memory.replay} pastes nothing: leave it out")
     if not (1 <= options.images <= 1000 and 1 <= options.epoch <= 1_000_000):
         raise UserError("--images goes from 1 to 1000, --epoch from 1 to 1000000")
     if options.output.suffix.lower() != ".png":
         raise UserError(f"--output is {options.output}; give the name of a .png file")
     if not options.output.parent.is_dir():
         raise UserError(f"no folder {options.output.parent} to write {options.output.name} into")
+    if call.unused:
+        print(f"warning: without effect here: {', '.join(call.unused)}", file=sys.stderr)
     previous = previous_checkpoint(config, call)
     with tempfile.TemporaryDirectory() as folder:
         config.trainer.save_dir = folder  # the memory is drawn there again, the same as the step's

@@ -60,7 +60,7 @@ KEYS = {
     "and --ac with it, hold for step 0 too",
 }
 SEVERAL = {"tasks": (list, str), "seeds": (list, int), "methods": (dict, str)}
-RESERVED = ("--config", "--device", "--overwrite", "--test", "--prev_checkpoint")
+RESERVED = ("--config", "--device", "--help", "--overwrite", "--test", "--prev_checkpoint")
 PROGRESS = re.compile(r"epoch (\d+)/(\d+)(?: iteration (\d+)/(\d+))?: (loss [\d.]+)")
 LOG_SECONDS = 60  # from one line on where the calls are to the next, unless they go to a terminal
 
@@ -397,15 +397,23 @@ class Runner:
             call.process.wait()
 
 
-def collect(sequences: list[Sequence]) -> list[dict]:
-    """The rows of results.csv: the steps that are finished, of sequences with more than a step 0."""
+def collect(sequences: list[Sequence], refused: dict[Sequence, UserError]) -> list[dict]:
+    """The rows of results.csv: the steps that are finished, of sequences with more than a step 0.
+
+    Sequences whose results were trained with other settings, or are damaged, are left out; refused
+    says then which these are, and why.
+    """
     rows = []
+    refused.clear()
     for sequence in sequences:
         shared = sequence.base.steps if sequence.base else []
-        finished = [step for step in sequence.steps if _has_results(sequence, step)]
-        if finished and all(_has_results(sequence.base, step) for step in shared):
-            for _, config in [*shared, *finished]:
-                rows.append(row(sequence.method, sequence.task, sequence.seed, config))
+        try:
+            finished = [step for step in sequence.steps if _is_finished(sequence, step)]
+            if finished and all(_is_finished(sequence.base, step) for step in shared):
+                configs = [config for _, config in [*shared, *finished]]
+                rows += [row(sequence.method, sequence.task, sequence.seed, c) for c in configs]
+        except UserError as error:
+            refused[sequence] = error
     return rows
 
 
@@ -413,13 +421,6 @@ def _is_finished(sequence, step):
     """True if a step of the sequence is finished; UserError as in is_finished."""
     base = sequence.base
     return is_finished(step[1], start=base and final_checkpoint(base.steps[0][1].step_dir()))
-
-
-def _has_results(sequence, step):
-    """True if the step is finished with these settings."""
-    with contextlib.suppress(UserError):
-        return _is_finished(sequence, step)
-    return False
 
 
 def make_places(jobs: int, gpus: str | None) -> list[str | None]:
@@ -465,8 +466,11 @@ def _main(arguments):
     needed = [base for base in bases if any(s.base is base for s in todo)]
     busy = f"experiments are running in {folder} already: wait for them, end them, or give another "
     with locked(folder, f"{busy}--save_dir") as lock:
-        runner = Runner(needed, todo, places, folder, lock)
-        failures = runner.run(lambda: write_results(results, collect(others)))
+        runner, refused = Runner(needed, todo, places, folder, lock), {}
+        failures = runner.run(lambda: write_results(results, collect(others, refused)))
+    for sequence, error in refused.items():
+        if not {sequence, sequence.base} & runner.failed:  # which have had their line
+            print(f"left out    {sequence.title}: {error}", file=sys.stderr)
     print(f"results     {results}")
     return failures
 

@@ -16,7 +16,7 @@ from configs.options import Config, load_config
 from data_loader.tasks import get_task
 from scripts.command_line import Parser
 from trainer.output import has_results, is_stale, model_before
-from utils.checkpoint import read_json_object
+from utils.checkpoint import content_digest, final_checkpoint, read_json_object
 from utils.errors import UserError, exit_with
 
 
@@ -59,8 +59,18 @@ def describe_step(config: Config, folder: Path, log_folder: Path, now: float) ->
     return f"{text}, about {duration(max(left, 0))} to go and the test"
 
 
-def describe_run(run: Path, now: float) -> list[str]:
-    """The lines about a run, the folder of its steps; now: seconds since the epoch."""
+def foreign_starts(runs: list[Path]) -> set[str | None]:
+    """Digests of the models that the runs' step 1 started from where that was no step 0 of theirs."""
+    records = [read_json_object(run / "step_1/made_from.json") or {} for run in runs]
+    return {record.get("previous") for record in records if record.get("own_previous") is False}
+
+
+def describe_run(run: Path, now: float, starts: set[str | None] = frozenset()) -> list[str]:
+    """The lines about a run, the folder of its steps; now: seconds since the epoch.
+
+    starts: as foreign_starts has them. A run that is nothing but such a step 0 has no steps left, and
+    one that started from another run's step 0 lacks none.
+    """
     folders = {int(p.name[5:]): p for p in run.glob("step_*") if p.name[5:].isdecimal()}
     folders = {t: p for t, p in sorted(folders.items()) if (p / "config.json").is_file()}
     if not folders:
@@ -69,11 +79,16 @@ def describe_run(run: Path, now: float) -> list[str]:
     task = next(iter(configs.values()))
     steps = get_task(task.task.name, task.task.setting, task.data.dataset.classes).steps
     logs = run.parent.parent / "log" / run.name
+    expected = range(len(steps))
+    if 0 not in folders and foreign_starts([run]):
+        expected = expected[1:]
+    elif [*folders] == [0] and (model := final_checkpoint(folders[0])):
+        expected = expected[:1] if content_digest(model) in starts else expected
     done = sum(has_results(folder) for folder in folders.values())
-    lines = [f"{run.name}: {done} of {len(steps)} steps done"]
+    lines = [f"{run.name}: {done} of {len(expected)} steps done"]
     for t, folder in folders.items():
         lines.append(f"  step {t:<3} {describe_step(configs[t], folder, logs / folder.name, now)}")
-    left = [str(t) for t in range(len(steps)) if t not in folders]
+    left = [str(t) for t in expected if t not in folders]
     return [*lines, f"  left     steps {', '.join(left)}"] if left else lines
 
 
@@ -88,10 +103,10 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"no run in {save_dir}: give the --save_dir of train_voc.py")
     except UserError as error:
         exit_with(error)
-    damaged = 0
+    damaged, starts = 0, foreign_starts(runs)
     for run in runs:
         try:
-            print(*describe_run(run, time.time()), sep="\n")
+            print(*describe_run(run, time.time(), starts), sep="\n")
         except UserError as error:  # the others are of interest all the more
             damaged = 2
             print(f"{run.name}: {error}")

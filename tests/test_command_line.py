@@ -129,6 +129,13 @@ class TestTrainAndEvaluate:
         words = "was trained with other settings (data_loader.args.val.args.transform"
         assert f"{own_step / CHECKPOINT} {words}" in result.stdout
         assert f"{own_step} is not finished: {CHECKPOINT} is the latest" in result.stdout
+        config = json.loads((own_step / "config.json").read_text())
+        config["data_loader"]["args"]["test"]["args"] |= {"masking_value": 255}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        config_flags = ("-c", tmp_path / "config.json", "--save_dir", tmp_path)
+        result = command("train_voc.py", *config_flags, "--test")
+        words = "was trained with other settings (data_loader.args.test.args.masking_value)"
+        assert f"{own_step / CHECKPOINT} {words}" in result.stdout
 
     def test_the_results_of_a_step_are_no_place_for_others(self, own_step, tmp_path, command):
         before, output = snapshot(tmp_path), own_step / "metrics.json"

@@ -10,6 +10,7 @@ from data_loader.data_loaders import EvalBatches, StepData, make_loader
 from data_loader.dataset import normalize
 from models.deeplabv3 import predict, upsample_logits
 from utils.distributed import all_sum, rank, world_size
+from utils.errors import UserError
 from utils.logging import progress
 from utils.metrics import ConfusionMatrix, compute_metrics
 
@@ -19,13 +20,16 @@ def predictions(model: nn.Module, images: torch.Tensor, score: float = 0.5) -> I
     """The channels int64 [1, H, W] predicted in each image of a batch uint8 [N, 3, H, W], in turn.
 
     The model is in evaluation mode, and on the device of the images. Arithmetic is float32 without
-    TF32. Logits of full size are made of one image at a time, for the memory of many classes.
+    TF32. Logits of full size are made of one image at a time, for the memory of many classes. UserError
+    for logits that are not finite, which would count as background.
     """
     images = normalize(images)
     with torch.backends.cudnn.flags(
         enabled=True, deterministic=True, benchmark=False, allow_tf32=False
     ):
         logits = model(images, upsample=False)
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are not finite: its weights are damaged, train it anew")
     for i in range(len(images)):
         yield predict(upsample_logits(logits[i : i + 1], images.shape[-2:]), score)
 

@@ -50,6 +50,15 @@ def launch(worker: Callable, config, *arguments) -> None:
         print(_why_no_gpu(), file=sys.stderr)
     launched = "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     starts_processes = config.multiprocessing_distributed and gpus * config.world_size > 1
+    nodes = config.world_size
+    if not launched and nodes > 1 and not (starts_processes and 0 <= config.rank < nodes):
+        exit_with(
+            UserError(
+                f"the configuration has world_size {nodes} and rank {config.rank}: several nodes need "
+                "GPUs, --multiprocessing_distributed and ranks from 0 to world_size - 1, or torchrun; "
+                "else set world_size to 1"
+            )
+        )
     if config.dist_url and (launched or not starts_processes) and os.environ.get("RANK", "0") == "0":
         reason = "torchrun has its own" if launched else "there is one process only"
         print(f"warning: --dist_url has no effect: {reason}", file=sys.stderr)
@@ -124,7 +133,9 @@ def _run(local_rank, worker, config, url, *arguments):
             torch.cuda.set_device(local_rank)
         worker(config, *arguments)
     except (Exception, KeyboardInterrupt) as error:
-        if isinstance(error, dist.DistNetworkError) or re.search("(closed|reset) by peer", str(error)):
+        lost = isinstance(error, dist.DistNetworkError)
+        lost = lost or re.search("(closed|reset) by peer", str(error))
+        if lost and (url or local_rank is None) and not isinstance(error, UserError):
             sys.exit(2)  # another process ended, and has said why
         exit_with(explained(error) or unexpected(), rank() if dist.is_initialized() else None)
     finally:

@@ -91,7 +91,7 @@ def exit_with(error: UserError, rank: int | None = None) -> NoReturn:
     mp.spawn) ends them too. If it does not, the error was theirs alone, and they print it.
     """
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's SIGTERM ends the waiting quietly
-    if int(os.environ.get("RANK", 0)) if rank is None else rank:
+    if os.environ.get("RANK", "0") != "0" if rank is None else rank:
         time.sleep(5)
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr, flush=True)

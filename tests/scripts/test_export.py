@@ -84,7 +84,9 @@ def test_what_is_missing_is_named(steps, tmp_path, run, monkeypatch, name, missi
 def test_the_checkpoint_and_a_file_of_other_output_are_not_written(steps, tmp_path, run, monkeypatch):
     line = error_line(run(main, "-r", steps[0], "--output", steps[0]))
     assert "is the checkpoint itself" in line
-    monkeypatch.setattr(export, "with_weights", lambda *_: lambda images: torch.zeros(1))
     output = tmp_path / "net.pth"
-    assert f"{output} is not written" in error_line(run(main, "-r", steps[0], "--output", output))
-    assert not output.exists()
+    for value in (0.0, float("nan")):
+        found = torch.full((1,), value)
+        monkeypatch.setattr(export, "with_weights", lambda *_, found=found: lambda images: found)
+        assert f"{output} is not written" in error_line(run(main, "-r", steps[0], "--output", output))
+        assert not output.exists()

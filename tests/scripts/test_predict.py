@@ -9,6 +9,7 @@ from PIL import Image
 
 from configs.options import load_config
 from data_loader.data_loaders import StepData
+from data_loader.data_root import read_label
 from scripts.predict import main
 from tests.helpers import error_line
 from trainer.evaluate import confusion_matrix
@@ -78,6 +79,10 @@ def test_steps_are_compared_on_one_sheet(voc_root, photographs, steps, tmp_path,
 
     def keep(pictures):
         seen.append([title for title, _ in pictures])
+        if "label" in seen[-1]:
+            label = read_label(voc_root / f"SegmentationClassAug/{stem}.png")
+            drawn = np.array(pictures[1][1].convert("RGB"))
+            assert label.any() and (drawn == voc_palette()[label]).all()
         return side_by_side(pictures)
 
     monkeypatch.setattr("scripts.predict.side_by_side", keep)
@@ -149,6 +154,11 @@ def test_a_photograph_is_turned_as_viewers_show_it(steps, tmp_path, run):
     Image.new("RGB", (60, 40)).save(tmp_path / "phone.jpg", exif=turned)
     run(main, "-r", steps[0], "--input", tmp_path / "phone.jpg", "--output", tmp_path / "out")
     assert Image.open(tmp_path / "out/phone_labels.png").size == (40, 60)
+    turned[0x0112] = 3  # upside down: whose label, if it had one, could be for either form
+    Image.new("RGB", (60, 40)).save(tmp_path / "phone.jpg", exif=turned)
+    flags = ("-r", steps[0], "--input", tmp_path / "phone.jpg", "--output", tmp_path / "out")
+    assert run(main, *flags).returncode == 0
+    assert "its label may be for either" in error_line(run(main, *flags, "--compare"))
 
 
 def test_a_single_pixel_and_a_file_of_the_familys_layout(steps, tmp_path, run):
@@ -186,6 +196,9 @@ def test_what_it_refuses(photographs, steps, tmp_path, run):
     assert "no image in" in error_line(run(main, *one, tmp_path, *out))
     assert "the photographs lie in" in error_line(run(main, *one, photographs, "--output", photographs))
     assert "cannot read the image" in error_line(run(main, *one, tmp_path / "no.jpg", *out))
+    assert "and --compare with it" in error_line(run(main, *one, photographs, *out, "--labels", "."))
+    none = ("--compare", "--labels", tmp_path / "none")
+    assert "none: give a folder that is there" in error_line(run(main, *one, photographs, *out, *none))
     assert "--score is 2.0" in error_line(run(main, *one, photographs, *out, "--score", 2))
     shutil.copy(min(photographs.glob("*.jpg")), photographs / "a.jpg")
     shutil.copy(min(photographs.glob("*.jpg")), photographs / "a.jpeg")

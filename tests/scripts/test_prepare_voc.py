@@ -230,6 +230,17 @@ def test_archives_that_are_unpacked_already(truth, tmp_path, prepare):
     assert_layout(tmp_path / "other", truth)
 
 
+def test_the_lists_of_another_year_are_not_taken(archives, truth, tmp_path, prepare):
+    """They have the same names, and fewer images: those that val lacks would be trained on."""
+    other = {f"VOCdevkit/VOC2009/{LISTS}/{name}.txt": b"2007_000001\n" for name in ("train", "val")}
+    tar(archives / "VOCtrainval_11-May-2009.tar", other)
+    unpacked(
+        archives, {name.replace("2009", "2007"): data for name, data in other.items()}, "VOCdevkit/"
+    )
+    report(prepare(tmp_path / "root", "--archives", archives))
+    assert_layout(tmp_path / "root", truth)
+
+
 @pytest.mark.parametrize("size", ["killed", "torn"])
 def test_a_run_that_was_stopped_goes_on(archives, truth, tmp_path, size):
     root = tmp_path / "root"

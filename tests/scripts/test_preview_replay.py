@@ -58,11 +58,13 @@ def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, cap
         (1, {"output": "sheet.foo"}, "give the name of a .png file"),
         (1, {"output": "none/sheet.png"}, "no folder"),
         (1, {"method": "dkd"}, "--method dkd pastes nothing"),
+        (1, {"replay": "none"}, "--replay none pastes nothing"),
         (1, {}, "step 0 is not finished"),
     ],
 )
 def test_what_it_refuses(voc_root, tmp_path, step, wrong, line):
-    config = small_config(voc_root, tmp_path, task_step=step, method=wrong.pop("method", "eir"))
+    changes = {key: wrong.pop(key) for key in ("method", "replay") if key in wrong}
+    config = small_config(voc_root, tmp_path, task_step=step, **changes)
     asked = options(tmp_path / wrong.pop("output", "sheet.png"), **wrong)
     with pytest.raises(UserError, match=line):
         preview(config, TrainCall(), asked)

@@ -299,6 +299,20 @@ class TestFailures:
         assert snapshot(place.saved / "models") == before
         assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
 
+    def test_what_is_not_asked_for_and_cannot_be_collected_is_named(self, place):
+        place.write(methods={**METHODS, "EIR": "--kd 3"})
+        result = call(place, "--methods", "image replay")
+        (line,) = result.stderr.splitlines()
+        assert result.returncode == 0
+        assert line.startswith("left out    10-10 EIR, seed 1: ") and "(hyperparameter.kd)" in line
+        assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
+        place.write()
+        (place.step("EIR") / "memory/manifest.json").write_text("{")
+        result = call(place, "--methods", "image replay")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("left out    10-10 EIR, seed 1: ") and "cannot read the memory" in line
+        assert result.returncode == 0 and len(place.rows()) == 2
+
     def test_a_finished_step_with_another_batch_is_named(self, place):
         place.write(methods={**METHODS, "EIR": "--bs 3"})
         result = call(place)

@@ -40,11 +40,11 @@ def lines(tmp_path, capsys):
 
 def test_steps_done_under_way_and_left(step, tmp_path, capsys):
     step(0, 9, done=61.234)
-    step(1, 4)
+    step(1, 4, ago=120.0)
     title, first, second, left = lines(tmp_path, capsys)
     assert title == "overlap_10-5_EIR: 1 of 3 steps done"
     assert first.split() == ["step", "0", "done", "mIoU", "61.23"]
-    assert "epoch 4 of 9, loss 0.5000, 12.3 images/s, about 5 min to go" in second
+    assert "epoch 4 of 9, loss 0.5000, 12.3 images/s, about 3 min to go" in second
     assert left.split() == ["left", "steps", "2"]
 
 
@@ -88,6 +88,26 @@ def test_a_step_that_started_from_another_model_is_marked(step, tmp_path, capsys
     assert lines(tmp_path, capsys)[2].endswith(
         "from another model of the step before than is there now"
     )
+
+
+def test_a_step_0_that_another_run_has_is_missing_in_neither(step, tmp_path, capsys):
+    for t in (0, 1, 2):
+        step(t, 9, done=50.0)
+    run = tmp_path / "saved/models/overlap_10-5_EIR"
+    first = tmp_path / "saved/models/overlap_10-5_step0/step_0"
+    first.parent.mkdir()
+    (run / "step_0").rename(first)
+    save_checkpoint(first / "checkpoint-epoch9.pth", {"epoch": 9})
+    digest = content_digest(first / "checkpoint-epoch9.pth")
+    write_json(run / "step_1/made_from.json", {"own_previous": False, "previous": digest})
+    found = lines(tmp_path, capsys)
+    assert [found[0], found[3]] == [
+        "overlap_10-5_EIR: 2 of 2 steps done",
+        "overlap_10-5_step0: 1 of 1 steps done",
+    ]
+    assert len(found) == 5  # with three lines of steps, and none of steps that are left
+    write_json(run / "step_1/made_from.json", {"own_previous": False, "previous": "another"})
+    assert lines(tmp_path, capsys)[-1].split() == ["left", "steps", "1,", "2"]
 
 
 def test_a_folder_without_runs_ends_in_one_line(tmp_path, capsys):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 
 from configs.options import load_config
@@ -59,6 +60,45 @@ def test_labels_are_those_under_the_features():
     label[32:48, 16:32] = 7
     found = tsne.at_stride_16(label)
     assert found.reshape(4, 3).tolist() == [[0, 0, 0], [0, 0, 0], [0, 7, 0], [0, 0, 0]]
+
+
+def test_what_is_recognised_and_how_it_is_marked(steps, tmp_path, run, drawn, monkeypatch):
+    """A dot where the class is recognised, else a cross; the share is that of the old classes."""
+    marks, scatter = [], Axes.scatter
+
+    def keep(axes, *at, **how):
+        if len(at[0]) and "label" not in how:
+            marks.append((how["marker"], len(at[0])))
+        return scatter(axes, *at, **how)
+
+    monkeypatch.setattr(Axes, "scatter", keep)
+    flags = ("-r", *steps, "--pixels", 12, "--output", tmp_path / "a.png")
+    result = run(main, *flags)
+    assert result.returncode == 0, result.stderr
+    pixels = drawn[0][1]
+    dots, crosses = (sum(n for marker, n in marks if marker == kind) for kind in "ox")
+    right = [predicted == pixels.classes for predicted in pixels.predicted]
+    assert (dots, crosses) == (sum(r.sum() for r in right), sum((~r).sum() for r in right))
+    old = (pixels.classes >= 1) & (pixels.classes <= 5)
+    for line, found in zip(result.stdout.splitlines(), right, strict=False):
+        assert line[8:].startswith(f"{found[old].sum() / old.sum():.0%} of the pixels of step 0's")
+    assert dots and crosses
+
+
+def test_the_second_model_starts_where_the_first_one_ended(monkeypatch):
+    starts = []
+
+    class Layout:
+        def __init__(self, init, **_):
+            starts.append(init)
+
+        def fit_transform(self, features):
+            return features[:, :2] + 1
+
+    monkeypatch.setattr(tsne, "TSNE", Layout)
+    features = [np.arange(12.0).reshape(4, 3), np.arange(12.0).reshape(4, 3) ** 2]
+    first, _ = tsne.embed(features, 0)
+    assert starts[0] == "pca" and np.allclose(starts[1], 1e-4 * first / first.std())
 
 
 def test_what_it_refuses(steps, tmp_path, run):

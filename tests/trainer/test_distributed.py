@@ -4,6 +4,7 @@ import functools
 import json
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -203,11 +204,14 @@ distributed.launch(work, Config())
 
 
 def test_the_first_process_holds_the_store_until_nobody_looks_at_it():
-    """It holds the store itself where torchrun does not (as with processes started here)."""
-    command = (*TWO, free_port(), "--no_python", sys.executable, "-c", LATE)
-    result = run_script(*command, TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1")
-    assert result.returncode == 0, result.stderr
-    assert "Traceback" not in result.stderr and "error: " not in result.stderr
+    """It holds the store itself where there is no torchrun."""
+    place = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    with ThreadPoolExecutor() as pool:
+        ranks = [{"RANK": rank, "LOCAL_RANK": rank, **place} for rank in "01"]
+        results = list(pool.map(lambda rank: run_script("-c", LATE, **rank), ranks))
+    for result in results:
+        assert result.returncode == 0, result.stderr
+        assert "Traceback" not in result.stderr and "error: " not in result.stderr
 
 
 def test_a_process_that_waits_at_a_barrier_ends_when_another_one_fails(tmp_path):
@@ -264,6 +268,30 @@ def test_several_nodes_need_the_place_of_the_first(cpu, monkeypatch, capsys):
         launch(print, config)
     assert ended.value.code == 2
     assert "error: several nodes need --dist_url tcp://HOST:PORT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("processes", "rank"), [(False, 0), (True, 2), (True, 0)])
+def test_nodes_that_a_call_cannot_be_one_of_are_an_error(cpu, monkeypatch, capsys, processes, rank):
+    """Each would train alone: without processes, with too high a rank, or on the CPU."""
+    gpus = 1 if rank else 0
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+    with pytest.raises(SystemExit) as ended:
+        launch(print, Config(multiprocessing_distributed=processes, world_size=2, rank=rank))
+    assert ended.value.code == 2
+    assert f"error: the configuration has world_size 2 and rank {rank}: " in capsys.readouterr().err
+
+
+def test_a_connection_that_a_single_process_loses_is_said(cpu, capsys):
+    """Only in a group another process has ended, and has said why."""
+
+    def download(_):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    with pytest.raises(SystemExit) as ended:
+        launch(download, Config())
+    assert ended.value.code == 2
+    assert "error: the operating system refused: Connection reset by peer" in capsys.readouterr().err
 
 
 def test_training_under_torchrun_reports_what_one_process_evaluates(voc_root, tmp_path):

@@ -13,6 +13,7 @@ from data_loader.dataset import normalize
 from models import DeepLabV3
 from tests.helpers import small_config
 from trainer.evaluate import confusion_matrix, evaluate
+from utils.errors import UserError
 
 CPU = torch.device("cpu")
 pytestmark = pytest.mark.usefixtures("cpu")
@@ -112,3 +113,12 @@ def test_classes_whose_zero_is_no_error_are_named(own_root, tmp_path, model):
     metrics = evaluate(model, step_data(own_root, tmp_path), "test", CPU)
     assert metrics["Mean_Intersection_over_Union"]["without_images"] == ["bird", "bus"]
     assert "without_images" not in metrics["Pixel_Accuracy_Class"]
+
+
+def test_logits_that_are_no_numbers_are_an_error(voc_root, tmp_path, model):
+    """They would count as background."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        model.cls[2].bias[0] = float("nan")
+    with pytest.raises(UserError, match="logits are not finite"):
+        evaluate(model, step_data(voc_root, tmp_path), "test", CPU)
