@@ -564,16 +564,10 @@ class Hyperparameter:
         "crop",
         "pseudo labels of the old classes from the teacher; crop: it looks at each training crop, as "
         "in the paper; image: once at each whole image, before the first epoch, and crops take their "
-        "part (a pass of the teacher less in each iteration); off: none",
+        "part (a pass of the teacher less in each iteration); soft: as crop, but they decide only what "
+        "is pasted and where, and the BCE of background has the teacher's scores as targets; off: none",
         "--pseudo_labels",
-        choices=("off", "crop", "image"),
-        used=IN_EIR,
-    )
-    soft_background: bool = option(
-        False,
-        "the teacher's scores as the old classes' targets in the BCE of background that has neither "
-        "pseudo label nor instance; off: zeros, as in the paper",
-        "--soft_background",
+        choices=("off", "crop", "image", "soft"),
         used=IN_EIR,
     )
     kd_mode: str = option(

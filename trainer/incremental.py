@@ -76,14 +76,17 @@ class IncrementalStep(LaterStep):
 
         # stored instances of the old classes go where there is most background
         composite = self.compose(batch, labels)
+        soft = settings.pseudo_labels == "soft"
+        if soft:  # the scores themselves are the targets of the background
+            labels = batch.labels
         if settings.ignore_thresh is not None:
             labels = ignore_doubtful(labels, on_image, settings.ignore_thresh, composite.weights)
 
         # student and teacher look at the composite; without a paste that is the image
         with self.autocast():
             logits = self.net(composite.images, upsample=False)
-        taught, soft_background = on_image, settings.soft_background
-        if (distils or soft_background) and (self.paste or on_image is None):
+        taught = on_image
+        if (distils or soft) and (self.paste or on_image is None):
             taught = self.teach(composite.images)
 
         def losses(i, z):
@@ -91,9 +94,9 @@ class IncrementalStep(LaterStep):
             weights = composite.weights[i].to(z.dtype)
             bce = bce_sum(z, labels[i], composite.classes[i], weights, settings.pos_weight)
             kd = torch.zeros_like(bce)
-            if distils or soft_background:
+            if distils or soft:
                 target = upsample_logits(taught[i : i + 1].to(z.dtype).contiguous(), size)[0]
-            if soft_background:
+            if soft:
                 bce = bce - soft_background_sum(z, target, labels[i], weights)
             if distils:
                 covered = weights.sum(dim=0) > 0
