@@ -564,10 +564,9 @@ class Hyperparameter:
         "crop",
         "pseudo labels of the old classes from the teacher; crop: it looks at each training crop, as "
         "in the paper; image: once at each whole image, before the first epoch, and crops take their "
-        "part (a pass of the teacher less in each iteration); soft: as crop, but they decide only what "
-        "is pasted and where, and the BCE of background has the teacher's scores as targets; off: none",
+        "part (a pass of the teacher less in each iteration); off: none",
         "--pseudo_labels",
-        choices=("off", "crop", "image", "soft"),
+        choices=("off", "crop", "image"),
         used=IN_EIR,
     )
     kd_mode: str = option(

@@ -45,21 +45,6 @@ def bce_sum(
     return ((F.softplus(logits).sum(dim=0) + gain) * valid).sum()
 
 
-def soft_background_sum(
-    logits: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
-) -> torch.Tensor:
-    """How much less bce_sum is with the teacher's scores as the old classes' targets in the background.
-
-    logits [C, H, W] of the student, teacher [S, H, W], its channels 1..S-1 the old classes; labels
-    uint8 [H, W]; weights float [K, H, W] of the pasted instances. This is about background without an
-    instance. BCE is linear in its target: a target t in place of 0 takes t * logit from it, without
-    pos_weight. Returns a scalar.
-    """
-    free = (labels == 0) & (weights.sum(dim=0) == 0)
-    known = slice(1, len(teacher))
-    return ((teacher[known].sigmoid() * logits[known]).sum(dim=0) * free).sum()
-
-
 def _gain(z, p):
     """What a positive target changes in the cost of a channel of logit z; -z where p is 1."""
     return (p - 1) * F.softplus(z) - p * z

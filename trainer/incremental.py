@@ -5,7 +5,7 @@ import torch
 from data_loader.dataset import TrainDataset
 from data_loader.paste import Bank, Composite, PasteAugmentation
 from models.deeplabv3 import upsample_logits
-from models.losses import bce_sum, distillation_sum, soft_background_sum, sum_over_images
+from models.losses import bce_sum, distillation_sum, sum_over_images
 from trainer.base import Batch
 from trainer.later_step import LaterStep
 from trainer.pseudo_labels import (
@@ -76,32 +76,30 @@ class IncrementalStep(LaterStep):
 
         # stored instances of the old classes go where there is most background
         composite = self.compose(batch, labels)
-        soft = settings.pseudo_labels == "soft"
-        if soft:  # the scores themselves are the targets of the background
-            labels = batch.labels
         if settings.ignore_thresh is not None:
             labels = ignore_doubtful(labels, on_image, settings.ignore_thresh, composite.weights)
 
         # student and teacher look at the composite; without a paste that is the image
         with self.autocast():
             logits = self.net(composite.images, upsample=False)
-        taught = on_image
-        if (distils or soft) and (self.paste or on_image is None):
-            taught = self.teach(composite.images)
+        on_composite = on_image
+        if distils and (self.paste or on_image is None):
+            on_composite = self.teach(composite.images)
 
         def losses(i, z):
             """The loss terms of image i from its full-size logits z [C, H, W]."""
             weights = composite.weights[i].to(z.dtype)
             bce = bce_sum(z, labels[i], composite.classes[i], weights, settings.pos_weight)
-            kd = torch.zeros_like(bce)
-            if distils or soft:
-                target = upsample_logits(taught[i : i + 1].to(z.dtype).contiguous(), size)[0]
-            if soft:
-                bce = bce - soft_background_sum(z, target, labels[i], weights)
-            if distils:
-                covered = weights.sum(dim=0) > 0
-                mode, region = settings.kd_mode, settings.rskd_region
-                kd = distillation_sum(z, target, batch.labels[i], covered, mode, region)
+            if not distils:
+                return {"bce": settings.mbce * bce, "kd": torch.zeros_like(bce)}
+            kd = distillation_sum(
+                z,
+                upsample_logits(on_composite[i : i + 1].to(z.dtype).contiguous(), size)[0],
+                batch.labels[i],
+                weights.sum(dim=0) > 0,
+                settings.kd_mode,
+                settings.rskd_region,
+            )
             return {"bce": settings.mbce * bce, "kd": settings.kd * kd}
 
         return sum_over_images(logits, size, losses, self.normalizer(batch))

@@ -370,8 +370,6 @@ LOSSES = [
     {"kd_mode": "none", "lambda_min": 0.5, "accumulate": 2},
     {"pseudo_thresh": 0.92, "ignore_thresh": 0.8, "replay": "image"},
     {"pseudo_thresh": 0.92, "ignore_thresh": 0.8},
-    {"pseudo_labels": "soft", "pos_weight": 2.0},
-    {"pseudo_labels": "soft", "kd_mode": "none", "replay": "image"},
 ]
 
 
@@ -438,7 +436,7 @@ def plain_loss(trainer, batch):
     """[mbce * L_bce, kd * L_distillation] of METHOD 5, with a graph to the model's parameters."""
     hyper, size = trainer.config.hyperparameter, batch.images.shape[-2:]
     labels = batch.labels
-    if hyper.pseudo_labels in ("crop", "soft"):
+    if hyper.pseudo_labels == "crop":
         first = trainer.teacher(batch.images, upsample=False)
         labels = plain_pseudo_labels(labels, first, hyper.pseudo_thresh)
         assert (labels != batch.labels).any()
@@ -462,16 +460,13 @@ def plain_loss(trainer, batch):
             batch.replayed,
         )
         assert any(p.pastes for p in pasted)
-        classes, weights = composite.classes, composite.weights
-        soft = plain_soft_labels(labels, classes, weights, 17)
+        weights = composite.weights
+        soft = plain_soft_labels(labels, composite.classes, weights, 17)
         for n, p in enumerate(pasted):
             assert (composite.images[n] - p.image).abs().max() < 1e-4
             assert ((soft[n] - p.soft) * (labels[n] != 255)).abs().max() < 1e-6
         images = composite.images
 
-    if hyper.pseudo_labels == "soft":
-        labels = batch.labels
-        soft = plain_soft_labels(labels, classes, weights, 17)
     if hyper.ignore_thresh is not None:
         before = labels
         labels = plain_ignore_doubtful(labels, first, hyper.ignore_thresh, weights)
@@ -480,14 +475,6 @@ def plain_loss(trainer, batch):
     valid = (batch.labels != 255).sum()
     assert 0 < valid < batch.labels.numel()
     bce = plain_bce(logits, soft, labels, hyper.pos_weight).sum() / valid
-    if hyper.pseudo_labels == "soft":
-        scores = trainer.teacher(images)[:, 1:].sigmoid()
-        student = logits[:, 1 : 1 + scores.shape[1]]
-        free = (labels == 0) & (soft[:, 0] == 1)
-        yes, no = student.sigmoid().log(), (1 - student.sigmoid()).log()
-        with_scores, with_zeros = -(scores * yes + (1 - scores) * no), -no
-        assert free.any() and not free.all()
-        bce = bce + ((with_scores - with_zeros) * free[:, None]).sum() / valid
     if hyper.kd_mode == "none":
         return hyper.mbce * bce, torch.zeros(())
     covered = weights.sum(dim=1) > 0
