@@ -1,9 +1,9 @@
 """What offsets.py looks for, chosen without a test image: on what is stored, and on the new classes.
 
-python docs/results/surroundings/memory_offsets.py _saved_photographs/5-3/models/overlap_5-3_image-replay-seed2/step_5
+python docs/results/surroundings/memory_offsets.py RUN/step_5
 
-The offsets are those of the greatest mean IoU on the entries of the step's memory and on the pixels of its
-training images that have a label. Prints the IoU on the test images without and with them.
+The offsets are those of the greatest mean IoU on the entries of the step's memory and on the pixels of
+its training images that have a label. Prints the IoU there and on the test images without and with them.
 """
 
 import sys
