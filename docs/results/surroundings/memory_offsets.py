@@ -3,7 +3,8 @@
 python docs/results/surroundings/memory_offsets.py RUN/step_5
 
 The offsets are those of the greatest mean IoU on the entries of the step's memory and on the pixels of
-its training images that have a label. Prints the IoU there and on the test images without and with them.
+its training images that have a label. Prints the IoU there and on the test images, without and with
+them.
 """
 
 import sys
