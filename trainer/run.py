@@ -39,6 +39,11 @@ def train(config: Config, call: TrainCall) -> None:
         if rank() == 0:
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
         return
+    if config.world_size > world_size() == 1:
+        raise UserError(
+            f"the configuration has world_size {config.world_size}, but this process is alone: several "
+            "nodes need GPUs and --multiprocessing_distributed, or torchrun; else set world_size to 1"
+        )
     output.check_places(config)
     resume = output.where_to_start(config, call)
     set_up_logging(None, config.trainer.verbosity, rank() == 0)  # no file before all is checked

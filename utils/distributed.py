@@ -50,15 +50,6 @@ def launch(worker: Callable, config, *arguments) -> None:
         print(_why_no_gpu(), file=sys.stderr)
     launched = "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
     starts_processes = config.multiprocessing_distributed and gpus * config.world_size > 1
-    nodes = config.world_size
-    if not launched and nodes > 1 and not (starts_processes and 0 <= config.rank < nodes):
-        exit_with(
-            UserError(
-                f"the configuration has world_size {nodes} and rank {config.rank}: several nodes need "
-                "GPUs, --multiprocessing_distributed and ranks from 0 to world_size - 1, or torchrun; "
-                "else set world_size to 1"
-            )
-        )
     if config.dist_url and (launched or not starts_processes) and os.environ.get("RANK", "0") == "0":
         reason = "torchrun has its own" if launched else "there is one process only"
         print(f"warning: --dist_url has no effect: {reason}", file=sys.stderr)
@@ -66,6 +57,13 @@ def launch(worker: Callable, config, *arguments) -> None:
         _run(None, worker, config, None, *arguments)
     elif starts_processes:
         url = config.dist_url or f"tcp://127.0.0.1:{free_port()}"
+        if config.rank >= config.world_size:
+            last = config.world_size - 1
+            exit_with(
+                UserError(
+                    f"rank is {config.rank}: of world_size {last + 1} nodes the last has rank {last}"
+                )
+            )
         if config.world_size > 1 and not config.dist_url:
             exit_with(
                 UserError("several nodes need --dist_url tcp://HOST:PORT of the first, or torchrun")

@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from configs.options import Config
-from tests.helpers import error_line, run_script, snapshot, train_flags
+from configs.options import Config, TrainCall
+from tests.helpers import error_line, run_script, small_config, snapshot, train_flags
 from tests.trainer.steps import KINDS, assert_same_step, confident_model
 from trainer import setup
+from trainer.run import train
 from utils.distributed import _join, free_port, launch, usable_gpus
 from utils.errors import UserError, explained
 
@@ -85,7 +86,7 @@ def test_two_processes_have_the_gradients_losses_and_evaluation_of_one(
 
 WRAPPED = """
 import os, torch
-from configs.options import Config
+from configs.options import Config, TrainCall
 from utils.distributed import launch
 
 def work(config):
@@ -106,7 +107,7 @@ def test_no_thread_of_the_group_is_left_for_the_interpreter_to_trip_over(tmp_pat
 
 FAILING = """
 import sys, torch.distributed as dist
-from configs.options import Config
+from configs.options import Config, TrainCall
 from utils.distributed import launch
 from utils.errors import UserError, explained
 
@@ -160,7 +161,7 @@ def test_an_error_of_nccl_keeps_its_words(cpu, monkeypatch):
 PATIENT = """
 import sys, time
 import torch.distributed as dist
-from configs.options import Config
+from configs.options import Config, TrainCall
 from utils.distributed import barrier, first_process_first, launch, rank
 
 def refuse(*args, **kwargs):
@@ -190,7 +191,7 @@ def test_processes_wait_for_the_first_one_without_a_limit_of_the_backend():
 
 LATE = """
 import time
-from configs.options import Config
+from configs.options import Config, TrainCall
 from utils import distributed
 
 def work(config):
@@ -270,16 +271,21 @@ def test_several_nodes_need_the_place_of_the_first(cpu, monkeypatch, capsys):
     assert "error: several nodes need --dist_url tcp://HOST:PORT" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("processes", "rank"), [(False, 0), (True, 2), (True, 0)])
-def test_nodes_that_a_call_cannot_be_one_of_are_an_error(cpu, monkeypatch, capsys, processes, rank):
-    """Each would train alone: without processes, with too high a rank, or on the CPU."""
-    gpus = 1 if rank else 0
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(gpus))
+def test_a_rank_beyond_the_last_node_is_an_error(cpu, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(SystemExit) as ended:
-        launch(print, Config(multiprocessing_distributed=processes, world_size=2, rank=rank))
+        launch(print, Config(multiprocessing_distributed=True, world_size=2, rank=2))
     assert ended.value.code == 2
-    assert f"error: the configuration has world_size 2 and rank {rank}: " in capsys.readouterr().err
+    assert "error: rank is 2: of world_size 2 nodes the last has rank 1" in capsys.readouterr().err
+
+
+def test_one_of_several_nodes_does_not_train_alone(cpu, voc_root, tmp_path):
+    config = small_config(voc_root, tmp_path)
+    config.world_size = 2
+    with pytest.raises(UserError, match="has world_size 2, but this process is alone"):
+        train(config, TrainCall())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_connection_that_a_single_process_loses_is_said(cpu, capsys):
