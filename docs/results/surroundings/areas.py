@@ -9,18 +9,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import torch
+from offsets import opened
 
-from configs.options import load_config
-from data_loader.data_loaders import StepData
 from trainer.evaluate import confusion_matrix
-from trainer.output import read_model
-from utils.checkpoint import final_checkpoint
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    config = load_config(folder / "config.json")[0]
-    data = StepData(config)
-    model, _ = read_model(final_checkpoint(folder), data, config.arch.args.backbone, data.step)
+    model, data = opened(Path(sys.argv[1]))
     counts = confusion_matrix(model, data, "test", torch.device("cpu"))
     print("rows: truth, in percent of its pixels; last row: area called so over area that is so")
     print(f"{'':12}" + "".join(f"{name[:10]:>12}" for name in data.class_names))

@@ -22,13 +22,17 @@ from utils.metrics import ConfusionMatrix, compute_metrics
 from utils.visualize import VOID
 
 
-@torch.inference_mode()
-def read(folder):
-    """Logits [C, P] and labels [P] of the pixels that are not void, and the names of the channels."""
+def opened(folder):
+    """The final model of a step, to evaluate, and the step's data."""
     config = load_config(folder / "config.json")[0]
     data = StepData(config)
     model, _ = read_model(final_checkpoint(folder), data, config.arch.args.backbone, data.step)
-    model.eval()
+    return model.eval(), data
+
+
+@torch.inference_mode()
+def read(model, data):
+    """Logits [C, P] and labels [P] of the test images' pixels that are not void."""
     dataset, batch_size = data.evaluation("test")
     logits, labels = [], []
     for batch in make_loader(dataset, EvalBatches(len(dataset), batch_size, 0, 1), 0, pin=False):
@@ -38,7 +42,7 @@ def read(folder):
         counted = label != VOID
         logits.append(z[:, :, 1::3, 1::3].movedim(1, 0)[:, counted])
         labels.append(label[counted])
-    return torch.cat(logits, dim=1), torch.cat(labels), data.class_names
+    return torch.cat(logits, dim=1), torch.cat(labels)
 
 
 def iou(logits, labels, offsets, names):
@@ -64,12 +68,18 @@ def best_offsets(logits, labels, names):
     return offsets
 
 
-if __name__ == "__main__":
-    logits, labels, names = read(Path(sys.argv[1]))
-    chosen = best_offsets(logits, labels, names)
+def show(pixels, offsets, names):
+    """Print the IoU without and with the offsets; pixels: what to call them -> logits and labels."""
     print(f"{'':12}{'mean':>8}" + "".join(f"{name[:10]:>12}" for name in names))
-    for title, offsets in (("as it is", torch.zeros_like(chosen)), ("offset", chosen)):
-        found = iou(logits, labels, offsets, names)
-        values = "".join(f"{value:12.1f}" for value in found["by_class"].values())
-        print(f"{title:12}{found['overall']:8.1f}{values}")
-    print(f"{'offsets':12}{'':20}" + "".join(f"{offset:12.2f}" for offset in chosen))
+    for which, of in pixels.items():
+        for title, given in ((which, torch.zeros_like(offsets)), ("offset", offsets)):
+            found = iou(*of, given, names)
+            values = "".join(f"{value:12.1f}" for value in found["by_class"].values())
+            print(f"{title:12}{found['overall']:8.1f}{values}")
+    print(f"{'offsets':12}{'':20}" + "".join(f"{offset:12.2f}" for offset in offsets))
+
+
+if __name__ == "__main__":
+    model, data = opened(Path(sys.argv[1]))
+    pixels = read(model, data)
+    show({"as it is": pixels}, best_offsets(*pixels, data.class_names), data.class_names)
