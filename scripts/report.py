@@ -116,14 +116,14 @@ def published_lines(folder: Path, last: int) -> list[str]:
     """Lines of published results to compare a run with.
 
     last: the latest finished step. There are none before the last step of the task, and none if the
-    run's configuration or data, which tell what to compare it with, are no longer there.
+    run's configuration, which tells what to compare it with, is no longer there.
     """
     try:
         config = load_config(folder / f"step_{last}" / "config.json")[0]
         task = get_task(config.task.name, config.task.setting, config.data.dataset.classes)
         if last != len(task.steps) - 1:
             return []
-        results = published(task, val_images(config))
+        results = published(task, val_images(folder / f"step_{last}"))
     except (UserError, OSError):
         return []
     lines = [f"{method:<16}{hiou:>8.2f}{miou:>8.2f}" for method, (hiou, miou) in results.items()]

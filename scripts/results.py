@@ -14,10 +14,9 @@ from statistics import mean
 import numpy as np
 
 from configs.options import Config
-from data_loader.data_root import DataRoot
 from data_loader.memory import MANIFEST, read_manifest
 from data_loader.tasks import Task, check_step, get_task
-from utils.checkpoint import write_atomically
+from utils.checkpoint import read_json_object, write_atomically
 from utils.errors import UserError
 from utils.metrics import harmonic_mean
 
@@ -28,9 +27,10 @@ GROUPS = {"old": "old", "new": "new", "overall": "all", "harmonic": "hIoU"}
 # After these stands the IoU of each class, in the learning order of the data set. without_images names
 # the classes whose 0 is no error of the model, with "; " between; files of before this column lack it.
 TEXTS = ("method", "task", "setting", "without_images")
-INTEGERS = ("seed", "step", "val_images")
+INTEGERS = ("seed", "step")
 NUMBERS = (
-    *GROUPS.values(), "seconds", "peak_mib", "memory_entries", "memory_bytes", "background",
+    "val_images", *GROUPS.values(), "seconds", "peak_mib", "memory_entries", "memory_bytes",
+    "background",
 )  # fmt: skip
 COLUMNS = (*TEXTS[:3], *INTEGERS, *NUMBERS, "without_images")
 
@@ -56,30 +56,20 @@ SOURCE = (
 )
 
 
-def published(task: Task, images: int | None) -> dict[str, tuple[float, float]]:
+def published(task: Task, images: float | None) -> dict[str, tuple[float, float]]:
     """Published hIoU and mean IoU of all classes after the last step, in percent, by method.
 
-    images: number of images that the results to compare with were validated on, None if it varies.
+    images: number of images that the results to compare with were validated on, None if it varies or
+    is not known.
     Empty for other tasks and settings than those published, and for another number of images than
     their data sets have.
     """
     return PUBLISHED.get(images, {}).get(task.name, {}) if task.setting == "overlap" else {}
 
 
-_VAL_IMAGES = {}  # of the lists that were read
-
-
-def val_images(config: Config) -> int:
-    """Number of validation images in the data root of a run; UserError if there are none.
-
-    Read once for each root and list, since reading the list looks for all its files.
-    """
-    data = config.data
-    key = (data.data_root, data.dataset.val_list, data.dataset.val_images)
-    if key not in _VAL_IMAGES:
-        root = DataRoot(data.data_root, description=data.dataset)
-        _VAL_IMAGES[key] = len(root.read_list("val").ids)
-    return _VAL_IMAGES[key]
+def val_images(folder: Path) -> int | None:
+    """Number of images on the validation list of the step in a folder; None if it does not say."""
+    return (read_json_object(folder / "made_from.json") or {}).get("val_images")
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
@@ -110,7 +100,7 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         "setting": task.setting,
         "seed": seed,
         "step": step,
-        "val_images": val_images(config),
+        "val_images": val_images(folder),
         **group_means(iou, task, step),
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
@@ -158,7 +148,7 @@ class Comparison:
     runs: method -> seeds -> steps -> row. Only runs that reached the last step are here, and they have
         all steps; a method that learns all classes at once (joint) has only the last.
     unfinished: the other runs, in words.
-    val_images: number of validation images; None if it differs between rows.
+    val_images: number of validation images; None if it differs between rows, NaN if it is not known.
     without_images: classes whose IoU is 0 through no error of a model, since no image shows them, in
         the last step of any of the runs.
     """
@@ -166,7 +156,7 @@ class Comparison:
     task: Task
     runs: dict[str, list[list[dict]]]
     unfinished: list[str]
-    val_images: int | None
+    val_images: float | None
     without_images: list[str]
 
     @property

@@ -2,7 +2,8 @@
 
 config.json          the settings
 made_from.json       digests of the model before and of the memory, and how large a batch is; once
-                     the step is finished, also digests of its own model and of its results
+                     the step is finished, also digests of its own model and of its results, and how
+                     many validation images there were
 memory/              the memory that the step replays (data_loader/memory.py)
 pseudo_labels/       what the teacher sees in each whole image (--pseudo_labels image)
 last.pth             checkpoint of the latest epoch, to resume from
@@ -528,7 +529,11 @@ def finish(trainer: "Trainer") -> None:
             later.unlink()  # of a longer run that was gone back from
     metrics = evaluate(trainer.model, trainer.data, "test", trainer.device)
     if rank() == 0:
-        ends = {"final": content_digest(_numbered(trainer)), "metrics": json_digest(metrics)}
+        ends = {
+            "final": content_digest(_numbered(trainer)),
+            "metrics": json_digest(metrics),
+            "val_images": len(trainer.data.lists["val"].ids),
+        }
         write_json(folder / "made_from.json", {**trainer.made_from, **ends})
         write_json(folder / "metrics.json", metrics)
     log.info("\n" + format_table(metrics, *trainer.data.groups))

@@ -196,6 +196,7 @@ class TestPublished:
         "cells",
         [
             {"task": "19-1", "val_images": 1448},
+            {"task": "19-1", "val_images": ""},
             {"task": "19-1", "val_images": 1449, "setting": "disjoint"},
             {"task": "10-5", "val_images": 1449},
         ],
@@ -271,7 +272,7 @@ NO_NUMBER = {**make_row("EIR", 1, 0), "cat": "abc"}
         (make_run(), [c for c in COLUMNS if c not in ("all", "seed")], "lacks the columns seed, all"),
         ([make_run()[0], NO_NUMBER], COLUMNS, "line 3, column cat: 'abc' is not a number"),
         (make_run(all="nan"), COLUMNS, "line 2, column all: 'nan' is not a number"),
-        (make_run(val_images=""), COLUMNS, "line 2, column val_images: '' is not an integer"),
+        (make_run(seed=""), COLUMNS, "line 2, column seed: '' is not an integer"),
         ([{**make_run()[0], "task": "7-4"}], COLUMNS, "line 2: unknown task '7-4'"),
         ([{**make_run()[0], "step": 3}], COLUMNS, "line 2: task 10-5 has no step 3"),
         (make_run() + make_run(), COLUMNS, "line 5: this method, seed and step have a row already"),
@@ -294,10 +295,10 @@ def test_a_folder_that_is_missing_or_bare_is_one_line(tmp_path, capsys):
     assert "results.csv" in error_line(run_script("scripts/report.py", tmp_path))
 
 
-def make_steps(folder: Path, root: Path, last: int, **task) -> Path:
-    """The folder of a run of 19-1 up to a step, as training writes it."""
+def make_steps(folder: Path, last: int, val_images: int | None = None, **task) -> Path:
+    """The folder of a run of 19-1 up to a step, as training writes it; None: by a former version."""
     config = Config()
-    config.data.data_root, config.task.name, config.task.setting = str(root), "19-1", "overlap"
+    config.task.name, config.task.setting = "19-1", "overlap"
     for key, value in task.items():
         setattr(config.task, key, value)
     for step in range(last + 1):
@@ -310,30 +311,14 @@ def make_steps(folder: Path, root: Path, last: int, **task) -> Path:
         (folder / f"step_{step}").mkdir(parents=True)
         (folder / f"step_{step}" / "metrics.json").write_text(json.dumps(metrics))
         (folder / f"step_{step}" / "config.json").write_text(json.dumps(config.to_dict()))
+        if val_images:
+            write_json(folder / f"step_{step}" / "made_from.json", {"val_images": val_images})
     return folder
-
-
-def make_root(folder: Path, images: int) -> Path:
-    """A data root with a list of so many images, each of them empty."""
-    ids = [f"2007_{i:06}" for i in range(images)]
-    for name, suffix in (("JPEGImages", "jpg"), ("SegmentationClassAug", "png")):
-        (folder / name).mkdir(parents=True)
-        for i in ids:
-            (folder / name / f"{i}.{suffix}").touch()
-    (folder / "ImageSets" / "Segmentation").mkdir(parents=True)
-    (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(ids) + "\n")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def full_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data root with as many images as VOC 2012 validates on."""
-    return make_root(tmp_path_factory.mktemp("voc"), 1449)
 
 
 class TestRun:
     def test_the_table_over_steps_and_the_curve(self, tmp_path, capsys):
-        run = make_steps(tmp_path / "overlap_19-1_EIR", tmp_path / "nowhere", 1)
+        run = make_steps(tmp_path / "overlap_19-1_EIR", 1)
         (run / "step_old").mkdir()
         (run / "step_old" / "metrics.json").write_text("{}")
         output = report(run, capsys)
@@ -347,7 +332,7 @@ class TestRun:
             assert np.asarray(image.convert("L")).std() > 5
 
     def test_a_zero_that_is_no_error_is_marked(self, tmp_path, capsys):
-        run = make_steps(tmp_path, tmp_path / "nowhere", 1)
+        run = make_steps(tmp_path, 1)
         assert "*" not in report(run, capsys)
         path = run / "step_1" / "metrics.json"
         metrics = json.loads(path.read_text())
@@ -359,14 +344,12 @@ class TestRun:
         assert len(marked) == 2 and marked[1].startswith("* no image")
 
     def test_the_mean_of_steps_needs_all_steps(self, tmp_path, capsys):
-        run = make_steps(tmp_path, tmp_path / "nowhere", 1)
+        run = make_steps(tmp_path, 1)
         shutil.rmtree(run / "step_0")  # as in experiments, whose methods share it
         assert "mean of steps" not in report(run, capsys)
 
-    def test_published_results_stand_below_a_finished_run_on_voc_2012(
-        self, tmp_path, full_root, capsys
-    ):
-        lines = report(make_steps(tmp_path, full_root, 1), capsys).splitlines()
+    def test_published_results_stand_below_a_finished_run_on_voc_2012(self, tmp_path, capsys):
+        lines = report(make_steps(tmp_path, 1, 1449), capsys).splitlines()
         first = lines.index(f"{'published':<16}{'hIoU':>8}{'all':>8}")
         assert lines[first + 1].split() == ["DKD", "56.95", "76.13"]
         assert lines[first + 2].split() == ["DKD-M", "68.14", "77.04"]
@@ -375,25 +358,25 @@ class TestRun:
     @pytest.mark.parametrize(
         ("last", "task"), [(0, {}), (1, {"setting": "disjoint"}), (1, {"name": "10-10"})]
     )
-    def test_they_are_left_out_of_other_tasks_and_steps(self, tmp_path, full_root, capsys, last, task):
-        assert "published" not in report(make_steps(tmp_path, full_root, last, **task), capsys)
+    def test_they_are_left_out_of_other_tasks_and_steps(self, tmp_path, capsys, last, task):
+        assert "published" not in report(make_steps(tmp_path, last, 1449, **task), capsys)
 
-    def test_they_are_left_out_on_other_images(self, tmp_path, capsys):
-        root = make_root(tmp_path / "voc", 20)
-        assert "published" not in report(make_steps(tmp_path / "run", root, 1), capsys)
+    @pytest.mark.parametrize("val_images", [20, None])
+    def test_they_are_left_out_on_other_images(self, tmp_path, capsys, val_images):
+        assert "published" not in report(make_steps(tmp_path, 1, val_images), capsys)
 
     @pytest.mark.parametrize(
         "text", ["{", "[]", "{}", '{"Mean_Intersection_over_Union": {}}', "wrong types"]
     )
     def test_damaged_metrics_are_one_line(self, tmp_path, capsys, text):
-        path = make_steps(tmp_path, tmp_path, 1) / "step_1" / "metrics.json"
+        path = make_steps(tmp_path, 1) / "step_1" / "metrics.json"
         if text == "wrong types":
             text = path.read_text().replace('"by_class": {', '"by_class": {"a": "b", ')
         path.write_text(text)
         assert failure(tmp_path, capsys).startswith(f"error: cannot read the metrics {path}: ")
 
     def test_changed_numbers_are_refused_and_a_stale_step_is_named(self, tmp_path, capsys):
-        folder = make_steps(tmp_path, tmp_path, 1)
+        folder = make_steps(tmp_path, 1)
         first, second = folder / "step_0", folder / "step_1"
         save_checkpoint(first / "checkpoint-epoch1.pth", {"epoch": 1})
         record = {
