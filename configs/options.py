@@ -821,6 +821,14 @@ def read_train(
         and config.hyperparameter.pseudo_labels != "crop"
     ):
         raise UserError("--ignore_thresh works with --pseudo_labels crop only: leave one of them out")
+    memory = config.data.memory
+    backgrounds = memory.replay == "image" or (memory.replay != "none" and memory.surroundings > 0)
+    hides = config.data.train.args.masking_value != 0
+    if hides and backgrounds and config.task.step and config.method == "eir":
+        raise UserError(
+            "masking_value 255 is not for memories that store background, in which hidden classes are "
+            "background: leave it at 0, or store instances without --surroundings"
+        )
     if config.method == "dkd":
         _check_dkd(config)
     return config, call

@@ -16,7 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
-from configs.options import Config, EvalCall, TrainCall
+from configs.options import Config, EvalCall, TrainCall, read_train
 from tests.helpers import PROJECT, error_line, run_script, snapshot, train_flags
 from trainer import base
 from utils.checkpoint import locked, read_checkpoint
@@ -557,6 +557,18 @@ class TestConfigurationFile:
     )
     def test_a_bad_file_is_refused(self, with_file, text, words):
         assert words in error_line(with_file(text))
+
+
+@pytest.mark.parametrize("flags", ["--replay image", "--surroundings 0.25"])
+def test_void_for_hidden_classes_is_refused_where_background_is_stored(tmp_path, command, flags):
+    path = tmp_path / "config.json"
+    arguments = {"train": {"args": {"masking_value": 255}}}
+    path.write_text(json.dumps({"data_loader": {"args": arguments}}))
+    asked = ["-c", str(path), "--task_step", "1"]
+    line = error_line(command("train_voc.py", *asked, *flags.split()))
+    assert "masking_value 255 is not for memories that store background" in line
+    for fine in ([], ["--task_step", "0", *flags.split()], ["--replay", "none"]):
+        assert read_train([*asked, *fine])[0].data.train.args.masking_value == 255
 
 
 def test_a_dist_url_without_value_is_taken(voc_root, tmp_path, command):

@@ -11,7 +11,7 @@ from data_loader.data_loaders import EvalBatches, make_loader
 from data_loader.dataset import TrainDataset, normalize
 from models.deeplabv3 import upsample_logits
 from models.losses import new_class_sum, soft_target_sum, sum_over_images
-from trainer.base import Batch
+from trainer.base import Batch, Trainer
 from trainer.base_step import BaseStep
 from trainer.later_step import LaterStep
 from utils.logging import log
@@ -19,12 +19,16 @@ from utils.logging import log
 SEEN = 0.9  # score from which the teacher sees a class in the background of a candidate of the memory
 
 
-class DKDBaseStep(BaseStep):
-    """L = mbce * L_bce + ac * L_ac; the auxiliary classifier learns to answer no everywhere."""
+class AllPixels(Trainer):
+    """Losses are means over all pixels, void among them."""
 
     def counted(self, labels: torch.Tensor) -> torch.Tensor:
         """All pixels."""
         return torch.ones_like(labels, dtype=torch.bool)
+
+
+class DKDBaseStep(AllPixels, BaseStep):
+    """L = mbce * L_bce + ac * L_ac; the auxiliary classifier learns to answer no everywhere."""
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         settings = self.config.hyperparameter
@@ -41,7 +45,7 @@ class DKDBaseStep(BaseStep):
         return sum_over_images(logits, batch.images.shape[-2:], losses, self.normalizer(batch))
 
 
-class DKDStep(LaterStep):
+class DKDStep(AllPixels, LaterStep):
     """L = mbce * L_bce + kd * L_kd + dkd_pos * L_pos + dkd_neg * L_neg + ac * L_ac."""
 
     def initialize(self, fresh: bool) -> None:
@@ -52,10 +56,6 @@ class DKDStep(LaterStep):
                 f"{self.previous} holds a background classifier (EIR) in place of DKD's auxiliary one, "
                 "from which the new classifier starts"
             )
-
-    def counted(self, labels: torch.Tensor) -> torch.Tensor:
-        """All pixels."""
-        return torch.ones_like(labels, dtype=torch.bool)
 
     def training_set(self) -> TrainDataset:
         """The images of this step and those of the memory, with labels of this step's classes alone.

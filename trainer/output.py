@@ -93,9 +93,14 @@ def is_finished(
     changed = differences(load_config(folder / "config.json")[0], config)
     record = _record(folder)
     batch, processes = record.get("batch"), processes or record.get("processes")
-    asked = processes and processes * config.data.train.batch_size
+    bs, accumulate = config.data.train.batch_size, config.trainer.accumulate
+    asked = processes and processes * bs
     if asked and batch not in (None, asked):
         changed.append(f"a batch of {batch} images, not {asked}, over all processes")
+    each = bs // min(accumulate, bs)
+    other = (record.get("bs"), record.get("accumulate")) != (bs, accumulate)
+    if other and record.get("bn_batch") not in (None, each, each * (processes or 1)):
+        changed.append(f"batch normalisation over {record['bn_batch']} images, not {each}")
     if changed:
         raise UserError(
             f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
@@ -354,7 +359,8 @@ def checkpoint(trainer: "Trainer") -> dict:
 def made_from(trainer: "Trainer") -> dict:
     """What a step is made from, beside its settings.
 
-    previous, own_previous: digest of the model before, and whether that is the own run's step t-1;
+    previous, own_previous: digest of the model before, and whether that is the final one of the own
+    run's step t-1;
     memory: digest of the memory's manifest; batch: images of an update, over all processes; bn_batch:
     images that batch normalisation takes its statistics over, None where it is frozen; processes, bs,
     accumulate: how the batch was shared; precision: of the networks; train, val: digests of the data
@@ -362,10 +368,11 @@ def made_from(trainer: "Trainer") -> dict:
     their paths.
     """
     config, previous = trainer.config, trainer.previous
-    before, memory = config.step_dir(trainer.data.step - 1), trainer.dataset.memory
+    own = previous and final_checkpoint(config.step_dir(trainer.data.step - 1))
+    memory = trainer.dataset.memory
     return {
         "previous": content_digest(previous) if previous else None,
-        "own_previous": bool(previous) and previous.parent.resolve() == before.resolve(),
+        "own_previous": bool(own) and previous.resolve() == own.resolve(),
         "memory": memory.digest if memory else None,
         "batch": config.data.train.batch_size * world_size(),
         "bn_batch": bn_images(config, trainer.batches.sizes()),

@@ -396,6 +396,9 @@ class TestSelectionAndPosition:
         settings = PasteArgs(cell=512)
         plan = plans(settings, squares(7), label_map(), label_map(1, 5, 6), 7, count=20)
         assert not plan.cell.any()
+        settings = PasteArgs(pastes=6, fill_in="next")
+        plan = plans(settings, squares(7), label_map(), label_map(1, 5, 6), 7)
+        assert all(row == [2, 3, 0, 1, 2, 3] for row in plan.cell.tolist())
 
     @pytest.mark.parametrize(("crop", "cell", "grid"), [(512, 250, 2), (64, 31, 2), (100, 48, 2)])
     def test_the_cell_is_scaled_with_the_crop(self, crop, cell, grid):

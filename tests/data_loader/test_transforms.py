@@ -97,6 +97,7 @@ def test_train_transform_draws_boxes_and_flips_as_the_method_says():
     areas = np.array([box["height"] * box["width"] / 12000 for box in boxes])
     aspects = np.array([box["width"] / box["height"] for box in boxes])
     assert areas.min() > 0.47 and areas.max() > 0.9
+    assert transform.crop.scale == (0.5, 2.0)
     assert aspects.min() > 0.72 and aspects.max() < 1.37
     assert aspects.min() < 0.8 and aspects.max() > 1.25
     assert len({(box["top"], box["left"]) for box in boxes}) > 100

@@ -58,6 +58,8 @@ class TestForward:
     def test_features_of_the_resnet_are_torchvisions(self):
         torch.manual_seed(1)
         model = DeepLabV3([5], "resnet50").eval()
+        for name in ("layer1.0.bn3", "layer4.2.bn3"):  # zero_init_residual
+            assert not model.backbone.get_submodule(name).weight.any()
         net = resnet50(replace_stride_with_dilation=[False, False, True]).eval()
         net.load_state_dict({**net.state_dict(), **model.backbone.state_dict()})
         images = torch.randn(1, 3, 64, 64)

@@ -123,6 +123,14 @@ class TestLossAndOptimiser:
             for other in states[1:]:
                 assert torch.allclose(value, other[key], rtol=1e-9, atol=1e-9), key
 
+    @pytest.mark.parametrize("pieces", [1, 2])
+    def test_trained_batch_normalisation_sees_micro_batches(self, step_0, monkeypatch, pieces):
+        monkeypatch.setattr(output, "finish", lambda trainer: None)
+        trainer = step_0(accumulate=pieces, epochs=1)
+        trainer.fit()
+        seen = [b for n, b in trainer.model.named_buffers() if n.endswith("num_batches_tracked")]
+        assert seen and {int(count) for count in seen} == {pieces * len(trainer.batches)}
+
 
 class TestInitialisation:
     def test_imagenet_weights_enter_a_fresh_step_and_no_resumed_one(
@@ -195,6 +203,14 @@ class TestSameWeights:
 
 
 class TestCheckpoints:
+    def test_a_finished_step_with_other_micro_batches_is_another(self, voc_root, tmp_path):
+        config = small_config(voc_root, tmp_path, epochs=1)
+        run(config)
+        run(config)
+        config.trainer.accumulate = 2
+        with pytest.raises(UserError, match="batch normalisation over 4 images, not 2"):
+            run(config)
+
     def test_save_period_keeps_more(self, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path, epochs=3, trainer__save_period=2)
         run(config)

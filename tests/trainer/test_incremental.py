@@ -616,6 +616,17 @@ class TestOverwrite:
             run(config, prev_checkpoint=str(other))
         assert snapshot(own_step) == before
 
+    def test_a_step_may_start_from_the_best_model_of_the_step_before(self, voc_root, tmp_path, step_0):
+        config = settings(voc_root, tmp_path, mem_size=6)
+        before = config.step_dir(0)
+        before.mkdir(parents=True)
+        shutil.copy(step_0, before / "checkpoint-epoch1.pth")
+        save_checkpoint(before / "model_best.pth", {**read_checkpoint(step_0), "epoch": 99})
+        run(config, prev_checkpoint=str(before / "model_best.pth"))
+        finished = snapshot(config.step_dir())
+        run(config, prev_checkpoint=str(before / "model_best.pth"))
+        assert snapshot(config.step_dir()) == finished
+
     @pytest.mark.parametrize("replay", ["eir", "none"])
     def test_what_a_killed_run_drew_is_not_taken_for_its_own(
         self, own_step, voc_root, tmp_path, step_0, replay
