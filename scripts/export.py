@@ -44,6 +44,8 @@ def export(_, args: argparse.Namespace) -> None:
         raise UserError(f"--output is {output}; give the name of a {', '.join(WRITERS)} file")
     if output.resolve() == args.resume.resolve():
         raise UserError(f"{output} is the checkpoint itself: give --output another name")
+    if output.exists() and (output.parent / "config.json").exists():
+        raise UserError(f"{output} belongs to a step of a run: give another --output")
     network = read_trained(args.resume, args)
     network.model.cpu()
     write, read = WRITERS[output.suffix]

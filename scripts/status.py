@@ -32,8 +32,9 @@ def last_record(path: Path) -> dict | None:
     try:
         lines = path.read_bytes().splitlines(keepends=True)
         record = json.loads([line for line in lines if line.endswith(b"\n")][-1])
-        whole = all(math.isfinite(record[key]) for key in ("epoch", "loss", "seconds"))
-    except (OSError, ValueError, TypeError, LookupError, OverflowError, RecursionError):
+        speed = record.get("images_per_second", 0)
+        whole = all(map(math.isfinite, (record["epoch"], record["loss"], record["seconds"], speed)))
+    except (OSError, ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError):
         return None
     return record if whole else None
 

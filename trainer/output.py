@@ -95,11 +95,11 @@ def is_finished(
     batch, processes = record.get("batch"), processes or record.get("processes")
     bs, accumulate = config.data.train.batch_size, config.trainer.accumulate
     asked = processes and processes * bs
-    if asked and batch not in (None, asked):
-        changed.append(f"a batch of {batch} images, not {asked}, over all processes")
     each = bs // min(accumulate, bs)
     other = (record.get("bs"), record.get("accumulate")) != (bs, accumulate)
-    if other and record.get("bn_batch") not in (None, each, each * (processes or 1)):
+    if asked and batch not in (None, asked):
+        changed.append(f"a batch of {batch} images, not {asked}, over all processes")
+    elif other and record.get("bn_batch") not in (None, each, each * (processes or 1)):
         changed.append(f"batch normalisation over {record['bn_batch']} images, not {each}")
     if changed:
         raise UserError(

@@ -84,6 +84,9 @@ def test_what_is_missing_is_named(steps, tmp_path, run, monkeypatch, name, missi
 def test_the_checkpoint_and_a_file_of_other_output_are_not_written(steps, tmp_path, run, monkeypatch):
     line = error_line(run(main, "-r", steps[0], "--output", steps[0]))
     assert "is the checkpoint itself" in line
+    other, before = steps[1], steps[1].read_bytes()
+    assert "belongs to a step of a run" in error_line(run(main, "-r", steps[0], "--output", other))
+    assert other.read_bytes() == before
     output = tmp_path / "net.pth"
     for value in (0.0, float("nan")):
         found = torch.full((1,), value)

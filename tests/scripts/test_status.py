@@ -65,6 +65,17 @@ def test_a_damaged_result_is_no_result(step, tmp_path, capsys):
     assert "0 of 3 steps done" in lines(tmp_path, capsys)[0]
 
 
+SPEED = '{"epoch": 1, "loss": 1, "seconds": 2, "images_per_second": "fast"}'
+
+
+@pytest.mark.parametrize("text", [SPEED, "[]"])
+def test_a_damaged_record_is_none(step, tmp_path, capsys, text):
+    step(0, 9)
+    for path in (tmp_path / "saved").rglob("metrics.jsonl"):
+        path.write_text(text + "\n")
+    assert "no epoch is finished yet" in lines(tmp_path, capsys)[1]
+
+
 def test_a_damaged_run_does_not_hide_the_others(step, tmp_path, capsys):
     step(0, 9, done=50.0)
     other = tmp_path / "saved/models/a_run/step_0"
