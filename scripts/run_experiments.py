@@ -467,7 +467,13 @@ def _main(arguments):
     busy = f"experiments are running in {folder} already: wait for them, end them, or give another "
     with locked(folder, f"{busy}--save_dir") as lock:
         runner, refused = Runner(needed, todo, places, folder, lock), {}
-        failures = runner.run(lambda: write_results(results, collect(others, refused)))
+
+        def write():
+            rows = collect(others, refused)
+            if rows or refused or not results.exists():  # the table of runs that are gone stays
+                write_results(results, rows)
+
+        failures = runner.run(write)
     for sequence, error in refused.items():
         if not {sequence, sequence.base} & runner.failed:  # which have had their line
             print(f"left out    {sequence.title}: {error}", file=sys.stderr)

@@ -288,6 +288,12 @@ class TestFailures:
         assert lines_of(result.stdout, "finished") == ["finished    10-10 EIR, seed 1, step 1"]
         assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
 
+    def test_the_table_of_runs_that_are_gone_stays(self, place):
+        before = place.rows()
+        shutil.rmtree(place.saved / "models")
+        assert call(place).returncode == 1
+        assert before and place.rows() == before
+
     def test_a_finished_step_with_other_settings_is_named_and_kept(self, place):
         before = snapshot(place.saved / "models")
         place.write(methods={**METHODS, "EIR": "--kd 3"})
