@@ -24,9 +24,8 @@ from utils.visualize import VOID
 @torch.inference_mode()
 def trained_on(model, data, memory):
     """Logits [C, P] and labels [P] of one pixel of nine of the entries, and of the labelled ones."""
-    samples = TrainDataset(
-        data.training(), memory, 0
-    )  # the seed has no part in how they are shown here
+    # the seed, 0, has no part in how they are shown here
+    samples = TrainDataset(data.training(), memory, 0)
     view = EvalTransform(data.config.train.args.transform_args.crop_size)
     logits, labels = [], []
     new = len(samples.images)
