@@ -5,6 +5,7 @@ configuration beside the checkpoint too.
 import sys
 
 import utils.program  # noqa: F401
+
 from configs.options import CONFIGS, parse_eval
 from trainer.run import evaluate_checkpoint
 from utils.distributed import launch

@@ -5,6 +5,7 @@ configs/config_ade.json for a configuration, unless -c names another one.
 import sys
 
 import utils.program  # noqa: F401
+
 from configs.options import CONFIGS, parse_train
 from trainer.run import train
 from utils.distributed import launch

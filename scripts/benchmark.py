@@ -27,14 +27,15 @@ from datetime import date
 from functools import partial
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils.program
+
 import numpy as np
 import torch
 import torchvision
 from PIL import Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import utils.program
 from configs.options import Config, DataSet
 from data_loader.data_loaders import EvalBatches, StepData, cores, make_loader
 from data_loader.data_root import DataRoot, read_image, read_label

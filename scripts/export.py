@@ -18,12 +18,13 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils.program
+
+import numpy as np
+import torch
+
 from configs.options import Config
 from data_loader.dataset import MEAN, STD
 from models.deeplabv3 import DeepLabV3

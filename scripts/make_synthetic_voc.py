@@ -21,13 +21,15 @@ and sums over arrays are left out on purpose: compilers and SIMD units may round
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils.program
+
 import numpy as np
 from numpy.random import Generator, default_rng
 from PIL import Image
 from scipy import ndimage
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import utils.program
 from configs.options import DataSet
 from data_loader.data_root import read_label, read_lines
 from scripts.command_line import Parser

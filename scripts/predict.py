@@ -11,13 +11,14 @@ import argparse
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils.program
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import utils.program
 from configs.options import Config
 from data_loader.data_root import DataRoot, check_photograph, read_label, reading
 from scripts.command_line import Parser

@@ -15,12 +15,17 @@ import functools
 import io
 import os
 import re
+import shlex
 import sys
 import tarfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils.program
 
 import numpy as np
 from PIL import Image
@@ -31,9 +36,6 @@ from torchvision.datasets.utils import download_url
 from torchvision.datasets.voc import DATASET_YEAR_DICT
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import utils.program
 from data_loader.data_loaders import cores
 from data_loader.data_root import (
     SPLITS,
@@ -410,7 +412,8 @@ def main(argv: list[str] | None = None) -> int:
         exit_with(UserError("interrupted: the same command goes on where it was"))
     except (UserError, OSError, MemoryError) as error:
         exit_with(explained(error))
-    print(f"Training can start: python train_voc.py -c configs/config_voc.json --data_root {root}")
+    quoted = shlex.quote(str(root))
+    print(f"Training can start: python train_voc.py -c configs/config_voc.json --data_root {quoted}")
     return 0
 
 

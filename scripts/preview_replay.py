@@ -11,11 +11,13 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils.program
+
 import numpy as np
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import utils.program
 from configs.options import parse_train
 from data_loader.data_loaders import StepData
 from data_loader.dataset import MEAN, STD

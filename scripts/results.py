@@ -5,6 +5,7 @@ run_experiments.py writes results.csv, a row for each finished step of each run;
 
 import csv
 import io
+import itertools
 import json
 import math
 from dataclasses import dataclass
@@ -139,6 +140,30 @@ def write_results(path: Path, rows: list[dict]) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def keep_former(path: Path, rows: list[dict]) -> Path | None:
+    """Keep a table with rows of steps that `rows`, which will be written in its place, has not.
+
+    Returns where it lies then, None where nothing would be lost.
+    """
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            former = {_step_of(cells) for cells in csv.DictReader(file)}
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"cannot read {path}: {error}; move it away") from None
+    if former <= {_step_of(row) for row in rows}:
+        return None
+    numbers = (path.with_name(f"{path.stem}_until_{n}{path.suffix}") for n in itertools.count(1))
+    kept = next(place for place in numbers if not place.exists())
+    path.replace(kept)
+    return kept
+
+
+def _step_of(row):
+    return tuple(str(row.get(column)) for column in ("method", "task", "setting", "seed", "step"))
 
 
 @dataclass(frozen=True)

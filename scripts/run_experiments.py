@@ -18,7 +18,6 @@ The folder of the runs is locked against a second process, where the system has 
 
 import contextlib
 import itertools
-import json
 import os
 import re
 import shlex
@@ -31,18 +30,21 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
+from typing import TextIO
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils.program
+
 from configs.options import Config, load_config, read_train
 from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
 from scripts.command_line import Parser
-from scripts.results import row, write_results
+from scripts.results import keep_former, row, write_results
 from scripts.status import duration
-from trainer.output import is_finished
+from trainer.output import has_results, is_finished
 from utils.checkpoint import final_checkpoint, locked
+from utils.config import load_json
 from utils.errors import UserError, exit_with
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,10 +91,7 @@ class Sequence:
 
 def read_experiment(path: Path) -> dict:
     """The experiment's JSON object; UserError for unknown or missing keys and wrong types."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read the experiment {path}: {error}") from None
+    content = load_json(path)
     if not isinstance(content, dict) or set(content) != set(KEYS):
         keys = ", ".join(KEYS)
         raise UserError(f"{path} must be a JSON object with these keys and no other: {keys}")
@@ -329,7 +328,7 @@ class Runner:
                 )
         except OSError as error:
             raise UserError(f"cannot start {command[0]}: {error}") from None
-        self._say(f"started     {sequence.title}, step {config.task.step}: {log}")
+        self.say(f"started     {sequence.title}, step {config.task.step}: {log}")
         return Call(sequence, config.task.step, place, log, begin, process)
 
     def _end(self, call):
@@ -339,15 +338,19 @@ class Runner:
             last = call.log.read_text(errors="replace").strip().splitlines()[-1:]
             error = f"step {call.step} ended with code {code}: {' '.join(last)} ({call.log})"
             self._fail(call.sequence, error)
+        elif not has_results(folder := call.sequence.left[0][1].step_dir()):
+            error = f"step {call.step} ended without results in {folder}: the call must last as long as"
+            self._fail(call.sequence, f"{error} the training, and see the same files ({call.log})")
         else:
             call.sequence.left.pop(0)
-            self._say(f"finished    {call.sequence.title}, step {call.step}")
+            self.say(f"finished    {call.sequence.title}, step {call.step}")
 
     def _fail(self, sequence, error):
         self.failed.add(sequence)
-        self._say(f"failed      {sequence.title}: {error}", sys.stderr)
+        self.say(f"failed      {sequence.title}: {error}", sys.stderr)
 
-    def _say(self, line, file=None):
+    def say(self, line: str, file: TextIO | None = None) -> None:
+        """Print a line, to standard output by default, where the one that keeps up stands."""
         self._rewrite("")
         print(line, file=file or sys.stdout, flush=True)
 
@@ -368,7 +371,7 @@ class Runner:
                 line = re.sub(r"(?<=\| )\S+ | done|about |epoch |, loss [\d.]+| to go", "", line)
             self._rewrite(line[:width])
         elif line != self.shown and time.monotonic() >= self.shown_at + LOG_SECONDS:
-            self._say(f"running     {line}")
+            self.say(f"running     {line}")
             self.shown, self.shown_at = line, time.monotonic()
 
     def _overall(self):
@@ -470,8 +473,9 @@ def _main(arguments):
 
         def write():
             rows = collect(others, refused)
-            if rows or refused or not results.exists():  # the table of runs that are gone stays
-                write_results(results, rows)
+            if former := keep_former(results, rows):
+                runner.say(f"kept        {former}: the table until now, with rows that {results} lacks")
+            write_results(results, rows)
 
         failures = runner.run(write)
     for sequence, error in refused.items():

@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils.program
+
 from configs.options import DEFAULT_CONFIG, load_config
 from data_loader.data_loaders import cores
 from data_loader.data_root import DataRoot
@@ -83,10 +84,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--idxs_path",
         type=utils.program.a_path,
-        help="folder of the label index (inside the data root)",
+        help=f"folder of the label index {of_it}",
     )
     parser.add_argument(
-        "--allow_val_in_train", choices=("on", "off"), default="off", help="images in both lists (off)"
+        "--allow_val_in_train", choices=("on", "off"), help=f"images in both lists {of_it}"
     )
     parser.add_argument("--json", action="store_true", help="all image ids, as JSON")
     args = parser.parse_args(argv)
@@ -95,8 +96,10 @@ def main(argv: list[str] | None = None) -> int:
         name = data.task.name if args.task_name is None else args.task_name
         setting = data.task.setting if args.task_setting is None else args.task_setting
         task = get_task(name, setting, data.dataset.classes)
-        root = DataRoot(args.data_root or data.data_root, args.idxs_path, data.dataset)
-        steps = read_splits(root, task, args.allow_val_in_train == "on")
+        index = args.idxs_path or data.task.idxs_path
+        root = DataRoot(args.data_root or data.data_root, index, data.dataset)
+        allowed = args.allow_val_in_train
+        steps = read_splits(root, task, data.allow_val_in_train if allowed is None else allowed == "on")
     except UserError as error:
         exit_with(error)
     print((format_json if args.json else format_table)(task, steps))

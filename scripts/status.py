@@ -12,6 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import utils.program
+
 from configs.options import Config, load_config
 from data_loader.tasks import get_task
 from scripts.command_line import Parser

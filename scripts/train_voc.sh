@@ -24,7 +24,7 @@ done
 ROOT=$(cd "$(dirname "$0")/.." && pwd) # relative paths in the flags stay the caller's
 
 ASKED=${CONFIG:-} CONFIG=${CONFIG:-configs/config_voc.json}
-[ -f "$CONFIG" ] || CONFIG=$ROOT/$CONFIG
+[ -f "$CONFIG" ] || [ ! -f "$ROOT/$CONFIG" ] || CONFIG=$ROOT/$CONFIG
 EPOCH=${EPOCH:-60} MEMORY_SIZE=${MEMORY_SIZE:-100}
 INIT_LR=${INIT_LR:-0.001} LR=${LR:-0.0001} INIT_POSWEIGHT=${INIT_POSWEIGHT:-2}
 PYTHON=${PYTHON:-python}
@@ -35,6 +35,8 @@ task=(-c "$CONFIG" --multiprocessing_distributed --task_name "$TASK" --task_sett
     --epochs "$EPOCH")
 plan=$(PYTHONPATH=$ROOT "$PYTHON" - "${task[@]}" "$@" <<'PYTHON'
 import os
+
+import utils.program
 
 import torch
 

@@ -14,6 +14,10 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import utils.program
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -22,9 +26,6 @@ from sklearn.model_selection import GroupKFold, cross_val_score
 from sklearn.neighbors import KNeighborsClassifier
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-import utils.program
 from configs.options import Config
 from data_loader.data_loaders import StepData
 from data_loader.dataset import normalize

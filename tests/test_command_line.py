@@ -477,7 +477,7 @@ class TestBadInput:
             ("-d ²", "-d is '²'; give GPU indices"),
             ("-d=", "-d needs a value"),
             ("-r=", "-r needs a value"),
-            ("-c nowhere.json", "cannot read the configuration nowhere.json"),
+            ("-c nowhere.json", "cannot read nowhere.json"),
             ("--overwrite --resume auto", "exclude each other"),
             (
                 "--ignore_thresh 0.5 --pseudo_labels off",

@@ -1,6 +1,7 @@
 """A trained network by itself, without the data that it was trained on."""
 
 import argparse
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,8 +48,15 @@ def titles(models: list[Trained]) -> list[str]:
 
 def add_flags(parser: argparse.ArgumentParser, nargs: str | None = None) -> None:
     """Give a parser the flags that say what to read: one checkpoint, or several with nargs "+"."""
-    what = {"type": Path, "required": True, "metavar": "CKPT", "help": "checkpoint of a step"}
-    parser.add_argument("-r", "--resume", nargs=nargs, **what)
+    parser.add_argument(
+        "-r",
+        "--resume",
+        nargs=nargs,
+        type=lambda text: Path(os.path.expanduser(text)),
+        required=True,
+        metavar="CKPT",
+        help="checkpoint of a step",
+    )
     of_it = "(that of the configuration)"
     parser.add_argument("-c", "--config", help="JSON configuration (config.json beside the checkpoint)")
     parser.add_argument("--task_name", help=f"task {of_it}")

@@ -174,6 +174,23 @@ def put(config: Any, path: str, value: Any) -> None:
     setattr(get(config, ".".join(parents)) if parents else config, name, value)
 
 
+def load_json(path: str | Path) -> Any:
+    """The content of a JSON file; UserError if it is missing, malformed, or has a key twice."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON: {error}") from None
+
+
+def _each_key_once(pairs):
+    for key, _ in pairs:
+        if sum(key == other for other, _ in pairs) > 1:
+            raise ValueError(f"the key {json.dumps(key)} stands twice in one object")
+    return dict(pairs)
+
+
 def read_json(cls: type[T], path: str | Path, accepted: dict[str, tuple | None]) -> tuple[T, list[str]]:
     """A configuration of class `cls` from a JSON file, checked key by key.
 
@@ -183,12 +200,7 @@ def read_json(cls: type[T], path: str | Path, accepted: dict[str, tuple | None])
     Returns the configuration and the paths that were ignored.
     Raises UserError for a missing or malformed file, unknown keys, wrong types, values not allowed.
     """
-    try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the configuration {path}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}") from None
+    data = load_json(path)
     config, ignored = cls(), []
     known = {o.path: o for o in options(cls)}
     try:

@@ -39,6 +39,11 @@ def explained(error: BaseException) -> UserError | None:
             "interrupted: run the same command again; a training with --resume auto goes on after the "
             "last finished epoch"
         )
+    if isinstance(error, ModuleNotFoundError):
+        return UserError(
+            f"{sys.executable} lacks the package {error.name}: source .venv/bin/activate first, or "
+            "pip install -r requirements.txt"
+        )
     if type(error).__name__ == "DistBackendError":  # of torch.distributed; its lines all say something
         return UserError(f"the processes cannot be connected: {' '.join(str(error).split())}")
     if "received 0 items of ancdata" in text or "Too many open files" in text:

@@ -269,6 +269,21 @@ class TestStore:
             assert max(counts) - min(counts) <= 1 and len(counts) == 3 * step + 2
             previous = folder
 
+    def test_each_step_draws_by_its_seed_and_its_number_of_old_classes(self, voc_root, tmp_path):
+        previous, entries = None, []
+        for step in (1, 2):
+            kept_memory(step_data(voc_root, step, 9, seed=5), tmp_path / str(step), previous)
+            found = expected_candidates(voc_root, "overlap", step - 1)
+            images = sorted(found, key=lambda image: train_ids(voc_root).index(image[0]))
+            candidates = [*images, *entries]
+            classes = get_task("5-3", "overlap").seen(step - 1)
+            generator = np.random.default_rng((5, len(classes)))
+            lists = balanced_draw([shown for _, shown in candidates], classes, 9, generator)
+            previous = tmp_path / str(step)
+            entries = [(e.id, tuple(e.classes)) for e in read_manifest(previous)["entries"]]
+            drawn = [candidates[i] for picks in lists.values() for i in picks]
+            assert drawn == entries
+
     @pytest.mark.parametrize("harm", ["pixel", "label", "missing"])
     def test_a_damaged_store_says_so(self, voc_root, tmp_path, harm):
         """Where it is to be replayed, and where entries are to be carried on from it."""

@@ -4,6 +4,7 @@ import importlib
 import re
 import shlex
 import subprocess
+import sys
 
 import pytest
 
@@ -73,6 +74,14 @@ def test_help_of_each_entry_point(script):
         assert [flag for flag, _ in found] == ["-r"]
         with pytest.raises(Exception, match="no checkpoint at"):
             read_eval(found[0])
+
+
+@pytest.mark.parametrize("script", ENTRY_POINTS)
+def test_without_the_packages_each_says_how_to_get_them(script):
+    command = [sys.executable, "-S", script, "--help"]  # -S: without those that are installed
+    result = subprocess.run(command, cwd=PROJECT, capture_output=True, text=True)
+    line = error_line(result)
+    assert "lacks the package " in line and "pip install -r requirements.txt" in line
 
 
 @pytest.mark.parametrize("script", sorted({*ENTRY_POINTS} - {*SCRIPTS}))

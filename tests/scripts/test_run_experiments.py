@@ -166,6 +166,7 @@ def fake(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,5")
     monkeypatch.setattr(run_experiments, "cores", lambda: 8)
+    monkeypatch.setattr(run_experiments, "has_results", lambda folder: True)
     (tmp_path / "fake.sh").write_text(FAKE)
     return f"sh {tmp_path / 'fake.sh'}"
 
@@ -279,6 +280,7 @@ class TestFailures:
         place.write(methods={"broken": "", **METHODS})
         (tmp_path / "launcher").write_text(
             'case "$*" in *broken*) echo working; echo "error: no data"; exit 2;; esac\n'
+            f'exec {PYTHON} "$@"\n'
         )
         result = call(place, "--jobs", 1, launcher=f"sh {tmp_path}/launcher")
         log = place.saved / "calls" / "overlap_10-10_broken-seed1_1.txt"
@@ -286,19 +288,37 @@ class TestFailures:
         assert result.returncode == 1
         assert result.stderr == f"failed      10-10 broken, seed 1: {error}\n"
         assert lines_of(result.stdout, "finished") == ["finished    10-10 EIR, seed 1, step 1"]
-        assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
+        assert [r["method"] for r in place.rows()] == [*["image replay"] * 2, "EIR", "EIR"]
 
-    def test_the_table_of_runs_that_are_gone_stays(self, place):
-        before = place.rows()
+    def test_a_table_with_rows_of_runs_that_are_gone_is_kept(self, place):
+        folder = place.saved / "tiny"
+        before = (folder / "results.csv").read_bytes()
+        place.remove("EIR")
+        result = call(place)
+        kept = folder / "results_until_1.csv"
+        assert result.returncode == 1
+        assert len(lines_of(result.stdout, "kept")) == 1 and str(kept) in result.stdout
+        assert kept.read_bytes() == before
+        assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
         shutil.rmtree(place.saved / "models")
         assert call(place).returncode == 1
-        assert before and place.rows() == before
+        assert place.rows() == [] and kept.read_bytes() == before
+        with open(folder / "results_until_2.csv", newline="") as file:
+            assert [r["method"] for r in csv.DictReader(file)] == ["image replay", "image replay"]
+        (folder / "results.csv").write_bytes(b"\xff")
+        assert "results.csv" in error_line(call(place))
+
+    def test_a_launcher_that_returns_before_its_training(self, fresh):
+        result = call(fresh, launcher="true")
+        assert result.returncode == 1 and not lines_of(result.stdout, "finished")
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("failed      10-10 step0, seed 1: step 0 ended without results in ")
 
     def test_a_finished_step_with_other_settings_is_named_and_kept(self, place):
         before = snapshot(place.saved / "models")
         place.write(methods={**METHODS, "EIR": "--kd 3"})
         result = call(place)
-        assert result.returncode == 1 and result.stdout.startswith("results ")
+        assert result.returncode == 1 and not lines_of(result.stdout, "started")
         (line,) = result.stderr.splitlines()
         assert line.startswith("failed      10-10 EIR, seed 1: ") and "--save_dir" in line
         assert str(place.step("EIR")) in line and "(hyperparameter.kd)" in line
@@ -347,7 +367,7 @@ class TestFailures:
         place.remove("EIR")
         place.write(step_0="--epochs 3")
         result = call(place)
-        assert result.returncode == 1 and result.stdout.startswith("results ")
+        assert result.returncode == 1 and not lines_of(result.stdout, "started")
         (line,) = result.stderr.splitlines()
         assert line.startswith("failed      10-10 step0, seed 1: ") and "(trainer.epochs)" in line
         assert place.rows() == []
@@ -443,7 +463,8 @@ class TestProgress:
 
 
 BAD = {
-    "no JSON": (b'{"tasks": ', "cannot read the experiment"),
+    "no JSON": (b'{"tasks": ', "is not valid JSON"),
+    "a key twice": (b'{"tasks": ["5-3"], "tasks": ["15-1"]}', 'the key "tasks" stands twice'),
     "a key too many": ({"more": 1}, "with these keys and no other: save_dir, config"),
     "tasks: text": ({"tasks": "10-10"}, "tasks must be a list"),
     "tasks: unknown": ({"tasks": ["7-4"]}, "unknown task '7-4'"),
@@ -462,7 +483,7 @@ BAD = {
     "joint: unknown flag": ({"joint": "--no_such_flag"}, "--no_such_flag"),
     "config: missing file": (
         {"config": "nowhere.json"},
-        f"cannot read the configuration {PROJECT}/nowhere.json",
+        f"cannot read {PROJECT}/nowhere.json",
     ),
 }
 

@@ -161,6 +161,11 @@ class TestFiles:
     def test_files_that_are_no_json_object(self, tmp_path, text):
         refusal(tmp_path, text)
 
+    def test_a_key_that_stands_twice(self, tmp_path):
+        text = '{"trainer": {"epochs": 3, "save_period": 1, "epochs": 5}}'
+        assert 'the key "epochs" stands twice in one object' in refusal(tmp_path, text)
+        load_config(write(tmp_path, {"name": "epochs", "trainer": {"epochs": 3}}))
+
     @pytest.mark.parametrize("key", ["trainer.verbosity", "optimizer.args.lr", "name"])
     @pytest.mark.parametrize("digits", [400, 5000])
     def test_numbers_of_many_digits_are_refused(self, tmp_path, key, digits):
@@ -168,7 +173,7 @@ class TestFiles:
 
     def test_missing_file_and_folder(self, tmp_path):
         for path in (tmp_path / "nowhere.json", tmp_path):
-            with pytest.raises(UserError, match="cannot read the configuration"):
+            with pytest.raises(UserError, match="cannot read "):
                 load_config(path)
 
 
