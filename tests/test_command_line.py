@@ -106,7 +106,10 @@ class TestTrainAndEvaluate:
         config["data_loader"]["args"]["test"]["args"]["transform"] = False
         (tmp_path / "config.json").write_text(json.dumps(config))
         given = ("-c", tmp_path / "config.json", "--output", file)
-        assert command("eval_voc.py", *checkpoint, *given).returncode == 0
+        said = command("eval_voc.py", *checkpoint, *given)
+        words = "was trained with other settings (data_loader.args.test.args.transform)"
+        assert said.returncode == 0 and words in said.stdout
+        assert "other settings" not in command("eval_voc.py", *checkpoint).stdout
         assert flag.read_text() == file.read_text() != (trained / "metrics.json").read_text()
 
     def test_train_with_test_evaluates_only(self, trained, voc_root, command):

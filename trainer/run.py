@@ -88,6 +88,7 @@ def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
     if call.output:
         _check_output(Path(call.output))
     _start_log(config, call, None)
+    _say_how_it_was_trained(config, Path(call.resume))
     metrics = _evaluate(config, Path(call.resume), call.score)
     if call.output and rank() == 0:
         write_json(Path(call.output), metrics)
@@ -141,5 +142,6 @@ def _say_how_it_was_trained(config, path):
         other = [key for key in differences(load_config(trained)[0], config) if key in EVALUATED]
         if other:
             log.warning(
-                f"{path} was trained with other settings ({', '.join(other)}), which eval_voc.py takes"
+                f"{path} was trained with other settings ({', '.join(other)}): eval_voc.py without -c "
+                "and these flags takes those"
             )
