@@ -57,6 +57,11 @@ SOURCE = (
 )
 
 
+def class_column(name: str) -> str:
+    """The column of a class; some data set may have a class of another column's name (ADE20K: step)."""
+    return f"{name} (class)" if name in COLUMNS and name != "background" else name
+
+
 def published(task: Task, images: float | None) -> dict[str, tuple[float, float]]:
     """Published hIoU and mean IoU of all classes after the last step, in percent, by method.
 
@@ -106,8 +111,8 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
         "without_images": "; ".join(metrics["Mean_Intersection_over_Union"].get("without_images", ())),
-        **dict.fromkeys(config.data.dataset.classes),  # in the data set's order, not in the task's
-        **iou,
+        # in the data set's order, not in the task's
+        **{class_column(name): iou.get(name) for name in ("background", *config.data.dataset.classes)},
     }
 
 
@@ -143,17 +148,17 @@ def write_results(path: Path, rows: list[dict]) -> None:
 
 
 def keep_former(path: Path, rows: list[dict]) -> Path | None:
-    """Keep a table with rows of steps that `rows`, which will be written in its place, has not.
+    """Keep a table with rows of steps that `rows`, which will be written in its place, lack.
 
     Returns where it lies then, None where nothing would be lost.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as file:
+        with path.open(encoding="utf-8-sig", newline="") as file:
             former = {_step_of(cells) for cells in csv.DictReader(file)}
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"cannot read {path}: {error}; move it away") from None
+    except (UnicodeDecodeError, csv.Error):
+        former = {None}  # what cannot be read is kept
     if former <= {_step_of(row) for row in rows}:
         return None
     numbers = (path.with_name(f"{path.stem}_until_{n}{path.suffix}") for n in itertools.count(1))
@@ -204,7 +209,7 @@ class Comparison:
         Returns float64 [seeds, steps, classes], NaN before a class is learned.
         """
         names = self.task.class_names(step)
-        return np.stack([self.values(method, name) for name in names], axis=-1)
+        return np.stack([self.values(method, class_column(name)) for name in names], axis=-1)
 
     def forgetting(self, method: str) -> np.ndarray:
         """Best IoU over the steps minus that of the last step: float64 [seeds, classes].
@@ -259,7 +264,8 @@ def _read_rows(path):
         raise UserError(f"cannot read {path}: {error}") from None
     if not rows:
         raise UserError(f"{path} is empty: it has no row of results")
-    return rows, {name: number for number, name in enumerate(columns, start=1)}
+    names = (column.removesuffix(" (class)") for column in columns)
+    return rows, {name: number for number, name in enumerate(names, start=1)}
 
 
 def _compare(task, methods):

@@ -42,7 +42,7 @@ from data_loader.tasks import Task, get_task
 from scripts.command_line import Parser
 from scripts.results import keep_former, row, write_results
 from scripts.status import duration
-from trainer.output import has_results, is_finished
+from trainer.output import has_results, is_finished, other_data
 from utils.checkpoint import final_checkpoint, locked
 from utils.config import load_json
 from utils.errors import UserError, exit_with
@@ -251,6 +251,11 @@ class Runner:
         What starts from one that failed is left out. results() is called first and after each step.
         """
         self._look([*self.bases, *self.others])
+        for sequence in [*self.bases, *self.others]:
+            for _, config in [step for step in sequence.steps if step not in sequence.left]:
+                if root := other_data(config):
+                    asked = f"not on {config.data.data_root}, which is asked for now"
+                    self.say(f"other data  {config.step_dir()} was trained on {root}, {asked}")
         results()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)

@@ -14,7 +14,6 @@ from models.losses import new_class_sum, soft_target_sum, sum_over_images
 from trainer.base import Batch, Trainer
 from trainer.base_step import BaseStep
 from trainer.later_step import LaterStep
-from utils.logging import log
 
 SEEN = 0.9  # score from which the teacher sees a class in the background of a candidate of the memory
 
@@ -47,15 +46,6 @@ class DKDBaseStep(AllPixels, BaseStep):
 
 class DKDStep(AllPixels, LaterStep):
     """L = mbce * L_bce + kd * L_kd + dkd_pos * L_pos + dkd_neg * L_neg + ac * L_ac."""
-
-    def initialize(self, fresh: bool) -> None:
-        """Teacher and student, whose new classifier is made of copies of the auxiliary one."""
-        super().initialize(fresh)
-        if not self.auxiliary:
-            log.warning(
-                f"{self.previous} holds a background classifier (EIR) in place of DKD's auxiliary one, "
-                "from which the new classifier starts"
-            )
 
     def training_set(self) -> TrainDataset:
         """The images of this step and those of the memory, with labels of this step's classes alone.

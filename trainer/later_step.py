@@ -9,6 +9,7 @@ from data_loader.memory import MANIFEST
 from trainer.base import Trainer
 from trainer.output import mend_memory, read_model
 from trainer.setup import trainable
+from utils.logging import log
 
 
 class LaterStep(Trainer):
@@ -30,6 +31,11 @@ class LaterStep(Trainer):
 
     def _start_from_auxiliary(self):
         """New classifier from cls.0, as DKD does."""
+        if not self.auxiliary:
+            log.warning(
+                f"{self.previous} holds a background classifier in place of DKD's auxiliary one, from "
+                "which the new classifier starts (--ac): train its step with --ac too"
+            )
         new, auxiliary = self.model.cls[-1], self.model.cls[0]
         with torch.no_grad():
             new.weight.copy_(auxiliary.weight.expand_as(new.weight))

@@ -40,7 +40,7 @@ from utils.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from utils.config import differences, get, options
+from utils.config import differences, get, options, same
 from utils.distributed import barrier, rank, world_size
 from utils.errors import UserError
 from utils.logging import log
@@ -115,6 +115,15 @@ def is_finished(
             "another --name, or --overwrite it"
         )
     return True
+
+
+def other_data(config: Config) -> str | None:
+    """The data root that a finished step was trained on, where it is another than asked for now.
+
+    That makes no other experiment, since folders move, but what is in them may be something else.
+    """
+    root = load_config(config.step_dir() / "config.json")[0].data.data_root
+    return None if Path(root).resolve() == Path(config.data.data_root).resolve() else root
 
 
 def has_results(folder: Path) -> bool:
@@ -417,7 +426,7 @@ def other_conditions(before: dict, now: dict) -> list[str]:
             old, new = known[o.path], now["settings"][o.path]
             name = o.metadata["flags"][0] if o.metadata["flags"] else o.path
             short = len(f"{old}{new}") < 80
-            if old != new:
+            if not same(old, new):
                 found[name] = f"{name} {old}, now {new}" if short else f"another {name}"
     if before.get("batch", now["batch"]) != now["batch"]:
         found["batch"] = f"updates of {before['batch']} images, now {now['batch']}"
@@ -432,7 +441,7 @@ def restore(trainer: "Trainer", content: dict, path: Path) -> None:
     try:
         old, new = content.get("made_from", {}), trainer.made_from
         before, now = old.get("settings", {}), new["settings"]
-        changed = [key for key in before if key in now and before[key] != now[key]]
+        changed = [key for key in before if key in now and not same(before[key], now[key])]
         if changed:
             raise UserError(
                 f"{path} cannot be resumed from: it has other settings ({', '.join(changed)})"

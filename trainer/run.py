@@ -38,6 +38,8 @@ def train(config: Config, call: TrainCall) -> None:
     if not call.overwrite and output.is_finished(config, world_size(), previous=call.prev_checkpoint):
         if rank() == 0:
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
+            if root := output.other_data(config):
+                print(f"it was trained on {root}, not on {config.data.data_root}")
         return
     if config.world_size > world_size() == 1:
         raise UserError(

@@ -312,10 +312,15 @@ def without_effect(config: Any, arguments: argparse.Namespace) -> list[str]:
     ]
 
 
+def same(old: Any, new: Any) -> bool:
+    """Whether two values of an option are equal; the order of a dict, such as of classes, counts."""
+    return old == new and (not isinstance(old, dict) or [*old] == [*new])
+
+
 def differences(old: Any, new: Any) -> list[str]:
     """Paths of the options that differ between two configurations and make another experiment."""
     return [
         o.path
         for o in options(type(new))
-        if not o.metadata["incidental"] and get(old, o.path) != get(new, o.path)
+        if not o.metadata["incidental"] and not same(get(old, o.path), get(new, o.path))
     ]

@@ -16,12 +16,14 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
+from configs.options import load_config
 from data_loader.tasks import get_task
 from scripts import run_experiments
-from scripts.results import COLUMNS, group_means, row
+from scripts.results import COLUMNS, group_means, read_comparisons, row, write_results
 from scripts.run_experiments import main, make_places, plan, read_experiment
 from tests.helpers import CLASS_NAMES, PROJECT, error_line, small_config, snapshot
 from utils.checkpoint import content_digest, final_checkpoint, read_checkpoint, save_checkpoint
@@ -306,7 +308,8 @@ class TestFailures:
         with open(folder / "results_until_2.csv", newline="") as file:
             assert [r["method"] for r in csv.DictReader(file)] == ["image replay", "image replay"]
         (folder / "results.csv").write_bytes(b"\xff")
-        assert "results.csv" in error_line(call(place))
+        assert "results_until_3.csv" in call(place).stdout
+        assert (folder / "results_until_3.csv").read_bytes() == b"\xff"
 
     def test_a_launcher_that_returns_before_its_training(self, fresh):
         result = call(fresh, launcher="true")
@@ -338,6 +341,15 @@ class TestFailures:
         (line,) = result.stderr.splitlines()
         assert line.startswith("left out    10-10 EIR, seed 1: ") and "cannot read the memory" in line
         assert result.returncode == 0 and len(place.rows()) == 2
+
+    def test_finished_steps_of_another_data_root_are_named(self, place, tmp_path):
+        os.symlink(place.root, tmp_path / "moved")
+        moved = Place(tmp_path, tmp_path / "moved")
+        assert not lines_of(call(moved).stdout, "other data")
+        moved = Place(tmp_path, tmp_path / "other")
+        lines = lines_of(call(moved).stdout, "other data")
+        assert len(lines) == 3 and all(f"was trained on {place.root}, not on" in line for line in lines)
+        assert len(place.rows()) == 4
 
     def test_a_finished_step_with_another_batch_is_named(self, place):
         place.write(methods={**METHODS, "EIR": "--bs 3"})
@@ -584,6 +596,28 @@ class TestRow:
         first = group_means(IOU, task, 0)
         assert first["old"] == first["all"] and first["new"] is first["hIoU"] is None
         assert set(group_means(dict.fromkeys(CLASS_NAMES, 0.0), task, 1).values()) == {0.0}
+
+    def test_a_class_of_a_columns_name(self, tmp_path):
+        """ADE20K has a class "step"."""
+        config = load_config(PROJECT / "configs/config_ade.json")[0]
+        config.task.name, config.trainer.save_dir = "100-50", str(tmp_path)
+        classes = config.data.dataset.classes
+        task, rows = get_task("100-50", "overlap", classes), []
+        iou = {name: float(number) for number, name in enumerate(["background", *classes])}
+        for step in (0, 1):
+            config.task.step = step
+            seen = {name: iou[name] for name in task.class_names(step)}
+            metrics = {"Mean_Intersection_over_Union": {"by_class": seen}}
+            config.step_dir().mkdir(parents=True)
+            (config.step_dir() / "metrics.json").write_text(json.dumps(metrics))
+            rows.append(row("EIR", task, 1, config))
+        write_results(tmp_path / "results.csv", rows)
+        (found,) = read_comparisons(tmp_path / "results.csv")
+        assert found.task == task and found.values("EIR", "step").tolist() == [[0, 1]]
+        for step in (0, 1):
+            expected = [[iou[name] if name in task.class_names(s) else np.nan
+                         for name in task.class_names(step)] for s in (0, 1)]  # fmt: skip
+            assert np.array_equal(found.class_iou("EIR", step), [expected], equal_nan=True)
 
     def test_joint_training_without_a_log(self, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path, task_name="joint", name="joint-seed7", seed=7)

@@ -192,9 +192,10 @@ class TestRun:
         content["ac"] = 1.0 if other == "dkd" else 0.0
         torch.save(content, tmp_path / "previous.pth")
         config = settings(voc_root, tmp_path)
-        DKDStep(config, StepData(config), None, tmp_path / "previous.pth")
-        assert ("a background classifier (EIR)" in caplog.text) == warns
-        IncrementalStep(config, StepData(config), None, tmp_path / "previous.pth")
+        for kind in (DKDStep, IncrementalStep):
+            caplog.clear()
+            kind(config, StepData(config), None, tmp_path / "previous.pth")
+            assert ("a background classifier in place of DKD's" in caplog.text) == warns
         assert ("an auxiliary classifier (DKD)" in caplog.text) != warns
 
 

@@ -241,6 +241,17 @@ class TestExperiment:
         changed = with_flags("--lr", 3, "--pos_weight", 2)
         assert differences(Config(), changed) == ["optimizer.args.lr", "hyperparameter.pos_weight"]
 
+    def test_the_order_of_the_classes_does(self, tmp_path):
+        classes = {"dog": 2, "cat": 1, "cow": 3}
+        configs = []
+        for names in (classes, sorted(classes)):
+            dataset = {"name": "x", "classes": {name: classes[name] for name in names}}
+            configs.append(
+                load_config(write(tmp_path, {"data_loader": {"args": {"dataset": dataset}}}))[0]
+            )
+        path = "data_loader.args.dataset.classes"
+        assert differences(*configs) == [path] and differences(configs[0], configs[0]) == []
+
     def test_folder_of_a_step(self):
         config = with_flags("--save_dir", "_saved_voc", "--task_name", "5-3", "--task_step", 2)
         assert str(config.step_dir()) == "_saved_voc/models/overlap_5-3_EIR/step_2"
