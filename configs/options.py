@@ -23,7 +23,7 @@ from utils.config import (
     without_effect,
 )
 from utils.distributed import select_devices
-from utils.errors import UserError, exit_with, explained
+from utils.errors import UserError
 from utils.metrics import METRICS
 
 # The options that an evaluation makes use of; all others were of interest to the training.
@@ -308,7 +308,8 @@ class TaskArgs:
     )
     idxs_path: str | None = option(
         None,
-        "folder for the cached label index (default: inside the data root)",
+        "folder for the cached label index; not set: inside the data root",
+        "--idxs_path",
         complain=no_path,
         incidental=True,
     )
@@ -761,11 +762,12 @@ def parse_train(
     default: Path = DEFAULT_CONFIG,
     program: str = "train_voc.py",
 ) -> tuple[Config, TrainCall]:
-    """Configuration and request of a call of train_voc.py; bad input ends the process.
+    """Configuration and request of a call of train_voc.py, whose device is selected.
 
-    default: the configuration file where the call names none; program: what the help calls it.
+    arguments: those of this process by default. default: the configuration file where the call names
+    none; program: what the help calls it. UserError for bad input.
     """
-    return _or_exit(lambda given: read_train(given, default, program), arguments)
+    return _selected(read_train(sys.argv[1:] if arguments is None else arguments, default, program))
 
 
 def parse_eval(
@@ -773,20 +775,13 @@ def parse_eval(
     default: Path = DEFAULT_CONFIG,
     program: str = "eval_voc.py",
 ) -> tuple[Config, EvalCall]:
-    """Configuration and request of a call of eval_voc.py; bad input ends the process.
-
-    default: the configuration that the help shows; program: what it calls itself.
-    """
-    return _or_exit(lambda given: read_eval(given, default, program), arguments)
+    """As parse_train, of eval_voc.py; default: the configuration that the help shows."""
+    return _selected(read_eval(sys.argv[1:] if arguments is None else arguments, default, program))
 
 
-def _or_exit(read, arguments):
-    try:
-        config, call = read(sys.argv[1:] if arguments is None else arguments)
-        select_devices(call.device)
-        return config, call
-    except (UserError, OSError) as error:
-        exit_with(explained(error))
+def _selected(parsed):
+    select_devices(parsed[1].device)
+    return parsed
 
 
 TRAINING = """Train one step of a continual task, then test it.
@@ -803,7 +798,7 @@ python {program} -r {step_1}/checkpoint-epoch{epochs}.pth
 def read_train(
     arguments: list[str], default: Path = DEFAULT_CONFIG, program: str = "train_voc.py"
 ) -> tuple[Config, TrainCall]:
-    """As parse_train, but bad input raises UserError and no device is selected."""
+    """As parse_train, but no device is selected."""
     config, ignored = load_config(_given("--config", arguments) or default)
     call = TrainCall(ignored=ignored)
     parsed = _read(arguments, config, call, program, TRAINING)
@@ -851,7 +846,7 @@ def _check_dkd(config):
 def read_eval(
     arguments: list[str], default: Path = DEFAULT_CONFIG, program: str = "eval_voc.py"
 ) -> tuple[Config, EvalCall]:
-    """As parse_eval, but bad input raises UserError and no device is selected."""
+    """As parse_eval, but no device is selected."""
     given, checkpoint = _given("--config", arguments), _given("--resume", arguments)
     wants_help = {"-h", "--help"} & set(arguments)
     if not given and not wants_help:

@@ -14,7 +14,7 @@ from configs.options import Config, MemoryArgs
 from data_loader.data_root import DataRoot, LabelIndex, in_both
 from data_loader.dataset import LabelledImages
 from data_loader.memory import Memory, Source, draw_memory
-from data_loader.tasks import check_step, get_task
+from data_loader.tasks import check_step, task_of
 from data_loader.transforms import EvalTransform, TrainTransform, whole
 from utils.distributed import barrier, first_process_first, gather, loader_processes, rank
 from utils.errors import UserError
@@ -111,7 +111,7 @@ class StepData:
     def __init__(self, config: Config):
         self.config, self.seed = config.data, config.seed
         self.set = config.data.dataset
-        self.task = get_task(config.task.name, config.task.setting, self.set.classes)
+        self.task = task_of(self.config)
         self.step = config.task.step
         check_step(self.task, self.step)
         self.root = DataRoot(self.config.data_root, config.task.idxs_path, self.set)
@@ -207,9 +207,8 @@ class StepData:
 
     @property
     def groups(self) -> tuple[list[int], list[int]]:
-        """Channels reported as old (background and the classes of step 0) and as new (all others)."""
-        first = 1 + self.classes[0]
-        return list(range(first)), list(range(first, 1 + sum(self.classes)))
+        """As Task.groups."""
+        return self.task.groups(self.step)
 
     def select(self, split: str, step: int | None = None) -> np.ndarray:
         """Indices, into the list, of the images of a split (train, val, test)."""

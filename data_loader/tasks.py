@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.options import VOC_CLASSES
+from configs.options import VOC_CLASSES, DataArgs
 from utils.errors import UserError
 from utils.visualize import VOID
 
@@ -75,6 +75,11 @@ class Task:
         """Names by channel, background first, of all classes seen at a step."""
         return ["background", *self.named(self.seen(step))]
 
+    def groups(self, step: int) -> tuple[list[int], list[int]]:
+        """Channels reported as old (background and the classes of step 0) and as new (all others)."""
+        first, seen = 1 + len(self.steps[0]), 1 + len(self.seen(step))
+        return list(range(first)), list(range(first, seen))
+
     def named(self, classes: Iterable[int]) -> list[str]:
         """Names of classes."""
         names = dict(self.names)
@@ -110,6 +115,11 @@ class Task:
             later = [c for c in self.order if c not in self.seen(step)]
             chosen &= ~present[:, later].any(axis=1)
         return np.flatnonzero(chosen)
+
+
+def task_of(data: DataArgs) -> Task:
+    """The task of a configuration (its part `data_loader.args`); UserError as get_task."""
+    return get_task(data.task.name, data.task.setting, data.dataset.classes)
 
 
 def get_task(name: str, setting: str, classes: dict[str, int] | None = None) -> Task:

@@ -46,7 +46,6 @@ from data_loader.tasks import get_task
 from data_loader.transforms import TrainTransform
 from models.deeplabv3 import DeepLabV3, upsample_logits
 from models.losses import bce_sum, distillation_sum, sum_over_images
-from scripts.command_line import Parser
 from scripts.make_synthetic_voc import make_synthetic_voc
 from scripts.plain import Pasted, plain_bce, plain_distillation, plain_paste, plain_soft_labels
 from trainer.base import Batch, Trainer
@@ -56,8 +55,8 @@ from trainer.incremental import IncrementalStep
 from trainer.meter import Meter
 from trainer.pseudo_labels import pseudo_labels
 from utils.checkpoint import save_checkpoint
+from utils.config import Parser
 from utils.distributed import device, peak_memory
-from utils.errors import UserError, exit_with
 from utils.logging import log
 from utils.visualize import VOID
 
@@ -666,7 +665,7 @@ def format_row(part: str, row: Row) -> str:
 
 def parse(argv: list[str] | None) -> Namespace:
     """The flags; a value that no part can use ends the program with a line that says so."""
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     parser.add_argument("part", choices=[*PARTS, "all"], help="all: every part but scaling and table")
     parser.add_argument(
         "--data_root", type=utils.program.a_path, help="a VOC 2012 folder (else images are drawn)"
@@ -718,13 +717,10 @@ def main(argv: list[str] | None = None) -> int:
     chosen = [args.part] if args.part != "all" else [part for part in PARTS if part not in SWEEPS]
     rows = []
     print(f"{'part':<8}{'measured':<56}{'median':>10}{'least':>10}{'most':>10}     {'MiB':>10}")
-    try:
-        for part in chosen:
-            for row in PARTS[part](args):
-                rows.append((part, row))
-                print(format_row(part, row), flush=True)
-    except UserError as error:
-        exit_with(error)
+    for part in chosen:
+        for row in PARTS[part](args):
+            rows.append((part, row))
+            print(format_row(part, row), flush=True)
     if args.json:
         figures = [{"part": part, **asdict(row), **row.spread()} for part, row in rows]
         report = {**about, "flags": vars(args), "rows": figures}

@@ -28,9 +28,9 @@ import torch
 from configs.options import Config
 from data_loader.dataset import MEAN, STD
 from models.deeplabv3 import DeepLabV3
-from scripts.command_line import Parser
 from trainer.trained import Trained, add_flags, read_trained
 from utils.checkpoint import load_weights, read_checkpoint, save_checkpoint, write_atomically
+from utils.config import Parser
 from utils.distributed import launch
 from utils.errors import UserError
 
@@ -172,7 +172,7 @@ WRITERS = {
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     add_flags(parser)
     parser.add_argument(
         "--output",

@@ -32,7 +32,7 @@ from scipy import ndimage
 
 from configs.options import DataSet
 from data_loader.data_root import read_label, read_lines
-from scripts.command_line import Parser
+from utils.config import Parser
 from utils.errors import UserError
 from utils.visualize import VOID, label_image
 
@@ -258,21 +258,21 @@ def make_synthetic_voc(
     """Write the data set into `output`, a new or empty folder, and return `output`.
 
     labels: a VOC root whose label maps are painted, `train` and `val` of its lists, drawn by the seed.
-    Raises ValueError for an impossible number, UserError for a root that cannot be read, and
-    FileExistsError for a folder that is not empty.
+    Raises UserError for an impossible number, a root that cannot be read, and a folder that is not
+    empty.
     """
     least = {"train": (train, 0), "val": (val, 0), "size": (size, 32), "seed": (seed, 0)}
     least["classes"] = (classes, 1)
     if classes > 254 or (labels and classes != CLASSES):
-        raise ValueError(f"--classes must be at most 254, and not be given with --labels: {classes}")
+        raise UserError(f"--classes must be at most 254, and not be given with --labels: {classes}")
     for flag, (value, minimum) in least.items():
         if value < minimum:
-            raise ValueError(f"--{flag} must be at least {minimum}, not {value}")
+            raise UserError(f"--{flag} must be at least {minimum}, not {value}")
     if size > 10_000:
-        raise ValueError(f"--size must be at most 10000, not {size}")
+        raise UserError(f"--size must be at most 10000, not {size}")
     output = Path(output)
     if output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty: name a new folder or empty this one first")
+        raise UserError(f"{output} is not empty: name a new folder or empty this one first")
     splits = ((TRAIN, "train_aug", 2007, train), (VAL, "val", 2008, val))
     drawn = [drawn_labels(labels, s, count, seed) if labels else None for s, _, _, count in splits]
     for folder in ("JPEGImages", "SegmentationClassAug", "ImageSets/Segmentation"):
@@ -298,7 +298,7 @@ def drawn_labels(root: Path, split: int, count: int, seed: int) -> list[Path]:
     name = ("train", "val")[split]
     files = label_files(root, name)
     if count > len(files):
-        raise ValueError(
+        raise UserError(
             f"--{name} must be at most {len(files)}, the {name} list of {root}, not {count}"
         )
     drawn = default_rng((seed, split)).permutation(len(files))[:count]
@@ -322,7 +322,7 @@ def label_files(root: Path, split: str) -> list[Path]:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     parser.add_argument(
         "--output", type=utils.program.a_path, required=True, help="new or empty folder"
     )
@@ -335,13 +335,9 @@ def main(argv: list[str] | None = None) -> int:
         "--labels", type=utils.program.a_path, help="VOC root whose label maps are painted"
     )
     args = parser.parse_args(argv)
-    try:
-        make_synthetic_voc(
-            args.output, args.train, args.val, args.size, args.seed, args.classes, args.labels
-        )
-    except (ValueError, OSError, UserError) as error:
-        print(f"error: {UserError(error)}", file=sys.stderr)
-        return 2
+    make_synthetic_voc(
+        args.output, args.train, args.val, args.size, args.seed, args.classes, args.labels
+    )
     print(f"{args.output}: {args.train} training and {args.val} validation images")
     return 0
 

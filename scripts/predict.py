@@ -21,10 +21,10 @@ from PIL import Image, ImageOps
 
 from configs.options import Config
 from data_loader.data_root import DataRoot, check_photograph, read_label, reading
-from scripts.command_line import Parser
 from trainer.evaluate import predictions
-from trainer.trained import Trained, add_flags, read_trained, titles
+from trainer.trained import Trained, add_flags, read_steps, titles
 from utils.checkpoint import write_atomically
+from utils.config import Parser
 from utils.distributed import device, launch
 from utils.errors import UserError
 from utils.visualize import VOID, label_image, overlay, side_by_side, with_legend
@@ -42,12 +42,7 @@ def predict_all(_, args: argparse.Namespace) -> None:
     if args.labels and not (args.compare and args.labels.is_dir()):
         raise UserError(f"--labels {args.labels}: give a folder that is there, and --compare with it")
     photographs = find_photographs(args.input, args.output)
-    models = sorted((read_trained(path, args) for path in args.resume), key=lambda model: model.step)
-    for model in models:
-        if model.ids != models[-1].ids[: len(model.ids)]:
-            raise UserError(
-                f"{model.path} and {models[-1].path} are no steps of one task: their classes differ"
-            )
+    models = read_steps(args.resume, args)
     failed = 0
     for path in photographs:
         try:
@@ -175,7 +170,7 @@ def write(path: Path, picture: Image.Image) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     add_flags(parser, nargs="+")
     parser.add_argument(
         "--input", type=utils.program.a_path, required=True, help="a photograph, or a folder of them"

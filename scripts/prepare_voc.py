@@ -47,10 +47,10 @@ from data_loader.data_root import (
     read_lines,
     reading,
 )
-from scripts.command_line import Parser
 from utils.checkpoint import locked, write_atomically
+from utils.config import Parser
 from utils.distributed import loader_processes
-from utils.errors import UserError, exit_with, explained
+from utils.errors import UserError
 from utils.visualize import VOID, label_image, voc_palette
 
 AUGMENTED, PLAIN, LISTS = "SegmentationClassAug", "SegmentationClass", "ImageSets/Segmentation"
@@ -388,7 +388,7 @@ def check(root: Path) -> bool:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     parser.add_argument(
         "--root",
         type=utils.program.a_path,
@@ -409,9 +409,7 @@ def main(argv: list[str] | None = None) -> int:
         if not check(root):
             raise UserError("training cannot start: the report names what to mend")
     except KeyboardInterrupt:
-        exit_with(UserError("interrupted: the same command goes on where it was"))
-    except (UserError, OSError, MemoryError) as error:
-        exit_with(explained(error))
+        raise UserError("interrupted: the same command goes on where it was") from None
     quoted = shlex.quote(str(root))
     print(f"Training can start: python train_voc.py -c configs/config_voc.json --data_root {quoted}")
     return 0

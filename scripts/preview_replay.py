@@ -21,10 +21,10 @@ import torch
 from configs.options import parse_train
 from data_loader.data_loaders import StepData
 from data_loader.dataset import MEAN, STD
-from scripts.command_line import Parser
 from trainer.incremental import IncrementalStep
 from trainer.output import previous_checkpoint
 from utils.checkpoint import write_atomically
+from utils.config import Parser
 from utils.distributed import launch
 from utils.errors import UserError
 from utils.visualize import VOID, sheet, voc_palette, with_legend
@@ -102,7 +102,7 @@ def photograph(image: torch.Tensor) -> np.ndarray:
 
 
 def main() -> None:
-    parser = Parser(__doc__, epilog="further flags are those of train_voc.py")
+    parser = Parser(None, __doc__, epilog="further flags are those of train_voc.py")
     parser.add_argument("--output", type=utils.program.a_path, required=True, help="PNG to write")
     parser.add_argument("--images", type=int, default=6, help="composites, half of them replay images")
     parser.add_argument("--epoch", type=int, default=1, help="epoch whose randomness is shown")

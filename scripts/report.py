@@ -4,7 +4,6 @@ python scripts/report.py _saved_voc/models/overlap_5-3_EIR
 python scripts/report.py _saved_experiments/methods
 """
 
-import json
 import sys
 import textwrap
 from pathlib import Path
@@ -18,11 +17,11 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from configs.options import load_config
-from data_loader.tasks import get_task
-from scripts.command_line import Parser
+from data_loader.tasks import task_of
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
-from trainer.output import has_results, is_stale, model_before
-from utils.errors import UserError, exit_with
+from trainer.output import is_stale, model_before, results
+from utils.config import Parser
+from utils.errors import UserError
 from utils.metrics import FOOTNOTE
 
 INTRODUCTION = """# Results
@@ -68,16 +67,17 @@ def read_steps(folder: Path) -> dict[int, dict]:
         )
     steps = {}
     for step, path in sorted(found.items()):
-        if not has_results(path.parent):
+        metrics = results(path.parent)
+        if metrics is None:
             raise UserError(
                 f"cannot read the metrics {path}: damaged, or changed since they were written"
             )
+        iou = metrics["Mean_Intersection_over_Union"]
         try:
-            iou = json.loads(path.read_text(encoding="utf-8"))["Mean_Intersection_over_Union"]
             steps[step] = {key: _number(iou[key]) for key in GROUPS}
             steps[step]["by_class"] = {name: _number(v) for name, v in iou["by_class"].items()}
             steps[step]["without_images"] = [*iou.get("without_images", [])]
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"cannot read the metrics {path}: {error!r}") from None
     return steps
 
@@ -121,13 +121,13 @@ def published_lines(folder: Path, last: int) -> list[str]:
     """
     try:
         config = load_config(folder / f"step_{last}" / "config.json")[0]
-        task = get_task(config.task.name, config.task.setting, config.data.dataset.classes)
+        task = task_of(config.data)
         if last != len(task.steps) - 1:
             return []
-        results = published(task, val_images(folder / f"step_{last}"))
+        found = published(task, val_images(folder / f"step_{last}"))
     except (UserError, OSError):
         return []
-    lines = [f"{method:<16}{hiou:>8.2f}{miou:>8.2f}" for method, (hiou, miou) in results.items()]
+    lines = [f"{method:<16}{hiou:>8.2f}{miou:>8.2f}" for method, (hiou, miou) in found.items()]
     return [f"{'published':<16}{'hIoU':>8}{'all':>8}", *lines, SOURCE] if lines else []
 
 
@@ -195,8 +195,8 @@ def method_cells(comparison: Comparison, method: str) -> dict[str, str]:
 def comparison_table(comparison: Comparison) -> str:
     """A Markdown table, a row per method; below it what it leaves out and takes from elsewhere."""
     rows = [method_cells(comparison, method) for method in comparison.runs]
-    results = published(comparison.task, comparison.val_images)
-    for method, (hiou, miou) in results.items():
+    others = published(comparison.task, comparison.val_images)
+    for method, (hiou, miou) in others.items():
         rows.append({"method": f"{method} (published)", "all": f"{miou:.2f}", "hIoU": f"{hiou:.2f}"})
     text = f"## {comparison.task.name}, {comparison.task.setting}\n"
     if rows:
@@ -208,7 +208,7 @@ def comparison_table(comparison: Comparison) -> str:
         text += "error of the models; the means count it\n"
     if comparison.unfinished:
         text += f"\nunfinished: {'; '.join(comparison.unfinished)}\n"
-    if results:
+    if others:
         text += f"\n{SOURCE}\n"
     return text
 
@@ -318,24 +318,19 @@ def report_experiments(folder: Path) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     parser.add_argument(
         "folder",
         type=utils.program.a_path,
         help="of a run (step_0, ...) or of experiments (results.csv)",
     )
     folder = parser.parse_args(argv).folder
-    try:
-        if not folder.is_dir():
-            raise UserError(f"no such folder: {folder}")
-        if (folder / "results.csv").exists():
-            report_experiments(folder)
-        else:
-            report_run(folder)
-    except UserError as error:
-        exit_with(error)
-    except OSError as error:
-        exit_with(UserError(f"cannot read or write {error.filename or folder}: {error.strerror}"))
+    if not folder.is_dir():
+        raise UserError(f"no such folder: {folder}")
+    if (folder / "results.csv").exists():
+        report_experiments(folder)
+    else:
+        report_run(folder)
     return 0
 
 

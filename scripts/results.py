@@ -17,6 +17,7 @@ import numpy as np
 from configs.options import Config
 from data_loader.memory import MANIFEST, read_manifest
 from data_loader.tasks import Task, check_step, get_task
+from trainer.output import record
 from utils.checkpoint import read_json_object, write_atomically
 from utils.errors import UserError
 from utils.metrics import harmonic_mean
@@ -75,7 +76,7 @@ def published(task: Task, images: float | None) -> dict[str, tuple[float, float]
 
 def val_images(folder: Path) -> int | None:
     """Number of images on the validation list of the step in a folder; None if it does not say."""
-    return (read_json_object(folder / "made_from.json") or {}).get("val_images")
+    return record(folder).get("val_images")
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
@@ -85,8 +86,7 @@ def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float
     steps, all over both; hIoU is the harmonic mean of old and new. At step 0 new and hIoU are None.
     """
     values = [iou[name] for name in task.class_names(step)]
-    first = 1 + len(task.steps[0])
-    old, new = mean(values[:first]), mean(values[first:]) if step else None
+    old, new = (mean(values[c] for c in group) if group else None for group in task.groups(step))
     return {"old": old, "new": new, "all": mean(values), "hIoU": harmonic_mean(old, new)}
 
 
@@ -98,8 +98,8 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
     """
     step = len(task.steps) - 1 if config.task.name == "joint" else config.task.step
     folder = config.step_dir()
-    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    iou = metrics["Mean_Intersection_over_Union"]["by_class"]
+    found = read_json_object(folder / "metrics.json")["Mean_Intersection_over_Union"]
+    iou = found["by_class"]
     return {
         "method": method,
         "task": task.name,
@@ -110,7 +110,7 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         **group_means(iou, task, step),
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
-        "without_images": "; ".join(metrics["Mean_Intersection_over_Union"].get("without_images", ())),
+        "without_images": "; ".join(found.get("without_images", ())),
         # in the data set's order, not in the task's
         **{class_column(name): iou.get(name) for name in ("background", *config.data.dataset.classes)},
     }

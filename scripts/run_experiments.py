@@ -39,13 +39,12 @@ import utils.program
 from configs.options import Config, load_config, read_train
 from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
-from scripts.command_line import Parser
 from scripts.results import keep_former, row, write_results
 from scripts.status import duration
 from trainer.output import has_results, is_finished, other_data
 from utils.checkpoint import final_checkpoint, locked
-from utils.config import load_json
-from utils.errors import UserError, exit_with
+from utils.config import Parser, load_json
+from utils.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[1]
 KEYS = {
@@ -491,7 +490,7 @@ def _main(arguments):
 
 
 def main() -> None:
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     parser.add_argument(
         "experiment", type=utils.program.a_path, help="JSON file; configs/experiments has some"
     )
@@ -510,10 +509,8 @@ def main() -> None:
     places.add_argument("--gpus", help="such as 0,1,2: a run at a time on each of these GPUs")
     try:
         failures = _main(parser.parse_args())
-    except UserError as error:
-        exit_with(error)
     except KeyboardInterrupt:
-        exit_with(UserError("interrupted: run the same command to resume"))
+        raise UserError("interrupted: run the same command to resume") from None
     sys.exit(1 if failures else 0)
 
 

@@ -10,32 +10,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import utils.program
+import utils.program  # noqa: F401
 
-from configs.options import DEFAULT_CONFIG, load_config
-from data_loader.data_loaders import cores
-from data_loader.data_root import DataRoot
-from data_loader.tasks import SETTINGS, Task, get_task
-from scripts.command_line import Parser
-from utils.errors import UserError, exit_with
+from configs.options import parse_train
+from data_loader.data_loaders import StepData
+from data_loader.tasks import Task
+from utils.config import Parser
 
-SPLITS = {"train": "train", "val": "val", "test": "val"}  # split -> the list it is chosen from
+SPLITS = ("train", "val", "test")
 
 
-def read_splits(root: DataRoot, task: Task, allow_val_in_train: bool = False) -> list[dict]:
+def read_splits(data: StepData) -> list[dict]:
     """Per step: `step`, `classes` (their ids), ids of `train`, `val` and `test`, and `shown`.
 
     `shown`: class -> number of the step's training images that show it.
-    Raises UserError for lists and labels that cannot be read, and for images of val in train unless
-    allow_val_in_train.
     """
-    lists = root.read_lists(allow_val_in_train)
-    present = {name: root.index(images, cores()).present for name, images in lists.items()}
     steps = []
-    for step, classes in enumerate(task.steps):
-        chosen = {split: task.select(step, split, present[name]) for split, name in SPLITS.items()}
-        ids = {split: [lists[SPLITS[split]].ids[i] for i in rows] for split, rows in chosen.items()}
-        counts = present["train"][chosen["train"]].sum(axis=0)
+    for step, classes in enumerate(data.task.steps):
+        chosen = {split: data.select(split, step) for split in SPLITS}
+        lists = {split: data.lists["train" if split == "train" else "val"] for split in SPLITS}
+        ids = {split: [lists[split].ids[i] for i in rows] for split, rows in chosen.items()}
+        counts = data.indices["train"].present[chosen["train"]].sum(axis=0)
         shown = {c: int(counts[c]) for c in classes}
         steps.append({"step": step, "classes": list(classes), **ids, "shown": shown})
     return steps
@@ -67,42 +62,12 @@ def format_table(task: Task, steps: list[dict]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = Parser(__doc__)
-    of_it = "(that of the configuration)"
-    parser.add_argument(
-        "-c",
-        "--config",
-        type=utils.program.a_path,
-        default=DEFAULT_CONFIG,
-        help="JSON configuration of the data",
-    )
-    parser.add_argument(
-        "--data_root", type=utils.program.a_path, help=f"folder of the data set {of_it}"
-    )
-    parser.add_argument("--task_name", help=f"task {of_it}")
-    parser.add_argument("--task_setting", help=f"{', '.join(SETTINGS)} {of_it}")
-    parser.add_argument(
-        "--idxs_path",
-        type=utils.program.a_path,
-        help=f"folder of the label index {of_it}",
-    )
-    parser.add_argument(
-        "--allow_val_in_train", choices=("on", "off"), help=f"images in both lists {of_it}"
-    )
+    parser = Parser(None, __doc__, epilog="further flags are those of train_voc.py")
     parser.add_argument("--json", action="store_true", help="all image ids, as JSON")
-    args = parser.parse_args(argv)
-    try:
-        data = load_config(args.config)[0].data
-        name = data.task.name if args.task_name is None else args.task_name
-        setting = data.task.setting if args.task_setting is None else args.task_setting
-        task = get_task(name, setting, data.dataset.classes)
-        index = args.idxs_path or data.task.idxs_path
-        root = DataRoot(args.data_root or data.data_root, index, data.dataset)
-        allowed = args.allow_val_in_train
-        steps = read_splits(root, task, data.allow_val_in_train if allowed is None else allowed == "on")
-    except UserError as error:
-        exit_with(error)
-    print((format_json if args.json else format_table)(task, steps))
+    args, rest = parser.parse_known_args(argv)
+    config, _ = parse_train(rest)
+    data = StepData(config)
+    print((format_json if args.json else format_table)(data.task, read_splits(data)))
     return 0
 
 

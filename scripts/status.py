@@ -14,11 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import utils.program
 
 from configs.options import Config, load_config
-from data_loader.tasks import get_task
-from scripts.command_line import Parser
-from trainer.output import has_results, is_stale, model_before
-from utils.checkpoint import content_digest, final_checkpoint, read_json_object
-from utils.errors import UserError, exit_with
+from data_loader.tasks import task_of
+from trainer.output import has_results, is_stale, model_before, record, results
+from utils.checkpoint import content_digest, final_checkpoint
+from utils.config import Parser
+from utils.errors import UserError
 
 
 def duration(seconds: float) -> str:
@@ -42,29 +42,28 @@ def last_record(path: Path) -> dict | None:
 
 def describe_step(config: Config, folder: Path, log_folder: Path, now: float) -> str:
     """One line about a step that was started: its result, or how far it is."""
-    record = last_record(log_folder / "metrics.jsonl")
-    if has_results(folder):
-        metrics = read_json_object(folder / "metrics.json")
+    epoch = last_record(log_folder / "metrics.jsonl")
+    if metrics := results(folder):
         miou = f"done      mIoU {metrics['Mean_Intersection_over_Union']['overall']:.2f}"
         stale = is_stale(folder, model_before(folder))
         return f"{miou}, from another model of the step before than is there now" if stale else miou
-    if not record:
+    if not epoch:
         written = max(path.stat().st_mtime for path in folder.iterdir())
         return f"started   no epoch is finished yet, last written {duration(now - written)} ago"
     epochs, written = config.trainer.epochs, (log_folder / "metrics.jsonl").stat().st_mtime
-    left = (epochs - record["epoch"]) * record["seconds"] - (now - written)
-    text = f"under way epoch {record['epoch']} of {epochs}, loss {record['loss']:.4f}"
-    if "images_per_second" in record:
-        text += f", {record['images_per_second']:.1f} images/s"
-    if now - written > 3 * record["seconds"] + 60:
+    left = (epochs - epoch["epoch"]) * epoch["seconds"] - (now - written)
+    text = f"under way epoch {epoch['epoch']} of {epochs}, loss {epoch['loss']:.4f}"
+    if "images_per_second" in epoch:
+        text += f", {epoch['images_per_second']:.1f} images/s"
+    if now - written > 3 * epoch["seconds"] + 60:
         return f"{text}, nothing written for {duration(now - written)}: --resume auto goes on"
     return f"{text}, about {duration(max(left, 0))} to go and the test"
 
 
 def foreign_starts(runs: list[Path]) -> set[str | None]:
     """Digests of the models that the runs' step 1 started from where that was no step 0 of theirs."""
-    records = [read_json_object(run / "step_1/made_from.json") or {} for run in runs]
-    return {record.get("previous") for record in records if record.get("own_previous") is False}
+    records = [record(run / "step_1") for run in runs]
+    return {made.get("previous") for made in records if made.get("own_previous") is False}
 
 
 def describe_run(run: Path, now: float, starts: set[str | None] = frozenset()) -> list[str]:
@@ -78,8 +77,7 @@ def describe_run(run: Path, now: float, starts: set[str | None] = frozenset()) -
     if not folders:
         return [f"{run.name}: no step was started"]
     configs = {t: load_config(folder / "config.json")[0] for t, folder in folders.items()}
-    task = next(iter(configs.values()))
-    steps = get_task(task.task.name, task.task.setting, task.data.dataset.classes).steps
+    steps = task_of(next(iter(configs.values())).data).steps
     logs = run.parent.parent / "log" / run.name
     expected = range(len(steps))
     if 0 not in folders and foreign_starts([run]):
@@ -96,15 +94,12 @@ def describe_run(run: Path, now: float, starts: set[str | None] = frozenset()) -
 
 def main(argv: list[str] | None = None) -> int:
     """Command line; returns the exit code."""
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     parser.add_argument("save_dir", type=utils.program.a_path, help="the --save_dir of the runs")
     save_dir = parser.parse_args(argv).save_dir
-    try:
-        runs = sorted(path for path in (save_dir / "models").glob("*") if path.is_dir())
-        if not runs:
-            raise UserError(f"no run in {save_dir}: give the --save_dir of train_voc.py")
-    except UserError as error:
-        exit_with(error)
+    runs = sorted(path for path in (save_dir / "models").glob("*") if path.is_dir())
+    if not runs:
+        raise UserError(f"no run in {save_dir}: give the --save_dir of train_voc.py")
     damaged, starts = 0, foreign_starts(runs)
     for run in runs:
         try:

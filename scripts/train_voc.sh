@@ -41,14 +41,10 @@ import utils.program
 import torch
 
 from configs.options import parse_train
-from data_loader.tasks import get_task
-from utils.errors import UserError, exit_with
+from data_loader.tasks import task_of
 
 config, _ = parse_train()
-try:
-    task = get_task(config.task.name, config.task.setting, config.data.dataset.classes)
-except UserError as error:
-    exit_with(error)
+task = task_of(config.data)
 print(len(task.steps), config.step_dir().parent, sep="\n")
 print(os.environ.get("CUDA_VISIBLE_DEVICES", "all"), max(1, torch.cuda.device_count()), sep="\n")
 PYTHON

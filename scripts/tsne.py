@@ -30,9 +30,9 @@ from configs.options import Config
 from data_loader.data_loaders import StepData
 from data_loader.dataset import normalize
 from models.deeplabv3 import predict
-from scripts.command_line import Parser
-from trainer.trained import Trained, add_flags, read_trained, titles
+from trainer.trained import Trained, add_flags, read_steps, titles
 from utils.checkpoint import write_atomically
+from utils.config import Parser
 from utils.distributed import device, launch
 from utils.errors import UserError
 from utils.visualize import VOID, voc_palette
@@ -59,10 +59,8 @@ def draw(_, args: argparse.Namespace) -> None:
         raise UserError(f"{len(args.resume)} checkpoints: give one, or those of two steps")
     if args.pixels < 1 or not 0 <= args.seed < 2**32:
         raise UserError("--pixels starts at 1, and --seed goes from 0 to 4294967295")
-    models = sorted((read_trained(path, args) for path in args.resume), key=lambda model: model.step)
+    models = read_steps(args.resume, args)
     first, last = models[0], models[-1]
-    if first.ids != last.ids[: len(first.ids)]:
-        raise UserError(f"{first.path} and {last.path} are no steps of one task: their classes differ")
     config = last.config
     config.task.step = last.step
     if args.data_root:
@@ -175,7 +173,7 @@ def plot(file, pixels: Pixels, places: list[np.ndarray], captions: list[str], mo
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = Parser(__doc__)
+    parser = Parser(None, __doc__)
     add_flags(parser, nargs="+")
     parser.add_argument("--data_root", help="folder of the data set (that of the configuration)")
     parser.add_argument("--output", type=utils.program.a_path, required=True, help="PNG to write")

@@ -34,16 +34,18 @@ class BaseStep(Trainer):
         ]
 
     def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        settings = self.config.hyperparameter
         with self.autocast():
             logits = self.net(batch.images, upsample=False)
 
-        def losses(i, z):
-            """The loss terms of image i from its full-size logits z [C, H, W]."""
-            label = batch.labels[i]
-            return {
-                "bce": settings.mbce * bce_sum(z, label, pos_weight=settings.pos_weight),
-                "ac": settings.ac * auxiliary_sum(z, label),
-            }
+        def terms(i, z):
+            return self.terms(z, batch.labels[i])
 
-        return sum_over_images(logits, batch.images.shape[-2:], losses, self.normalizer(batch))
+        return sum_over_images(logits, batch.images.shape[-2:], terms, self.normalizer(batch))
+
+    def terms(self, z: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The loss terms of an image from its full-size logits z [C, H, W] and its label [H, W]."""
+        settings = self.config.hyperparameter
+        return {
+            "bce": settings.mbce * bce_sum(z, label, pos_weight=settings.pos_weight),
+            "ac": settings.ac * auxiliary_sum(z, label),
+        }

@@ -29,19 +29,12 @@ class AllPixels(Trainer):
 class DKDBaseStep(AllPixels, BaseStep):
     """L = mbce * L_bce + ac * L_ac; the auxiliary classifier learns to answer no everywhere."""
 
-    def training_loss(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def terms(self, z: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
         settings = self.config.hyperparameter
-        with self.autocast():
-            logits = self.net(batch.images, upsample=False)
-
-        def losses(i, z):
-            """The loss terms of image i from its full-size logits z [C, H, W]."""
-            return {
-                "bce": settings.mbce * new_class_sum(z[1:], batch.labels[i], 1, settings.pos_weight),
-                "ac": settings.ac * F.softplus(z[0]).sum(),  # binary cross entropy with zeros
-            }
-
-        return sum_over_images(logits, batch.images.shape[-2:], losses, self.normalizer(batch))
+        return {
+            "bce": settings.mbce * new_class_sum(z[1:], label, 1, settings.pos_weight),
+            "ac": settings.ac * F.softplus(z[0]).sum(),  # binary cross entropy with zeros
+        }
 
 
 class DKDStep(AllPixels, LaterStep):

@@ -69,7 +69,7 @@ def check_places(config: Config) -> None:
                 raise UserError(f"{place} is no folder: move it away, the step has one of that name")
 
 
-def _record(folder):
+def record(folder: Path) -> dict:
     """What made_from.json in a step's folder says; empty where it is missing or damaged."""
     return read_json_object(folder / "made_from.json") or {}
 
@@ -91,16 +91,16 @@ def is_finished(
     if not has_results(folder) or not (folder / "config.json").exists():
         return False
     changed = differences(load_config(folder / "config.json")[0], config)
-    record = _record(folder)
-    batch, processes = record.get("batch"), processes or record.get("processes")
+    made = record(folder)
+    batch, processes = made.get("batch"), processes or made.get("processes")
     bs, accumulate = config.data.train.batch_size, config.trainer.accumulate
     asked = processes and processes * bs
     each = bs // min(accumulate, bs)
-    other = (record.get("bs"), record.get("accumulate")) != (bs, accumulate)
+    other = (made.get("bs"), made.get("accumulate")) != (bs, accumulate)
     if asked and batch not in (None, asked):
         changed.append(f"a batch of {batch} images, not {asked}, over all processes")
-    elif other and record.get("bn_batch") not in (None, each, each * (processes or 1)):
-        changed.append(f"batch normalisation over {record['bn_batch']} images, not {each}")
+    elif other and made.get("bn_batch") not in (None, each, each * (processes or 1)):
+        changed.append(f"batch normalisation over {made['bn_batch']} images, not {each}")
     if changed:
         raise UserError(
             f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
@@ -108,7 +108,7 @@ def is_finished(
         )
     _check_unchanged(folder)
     check_not_stale(config, config.task.step, start)
-    known = record.get("previous")
+    known = made.get("previous")
     if previous and known is not None and content_digest(Path(previous)) != known:
         raise UserError(
             f"{folder} holds a finished step that started from another model than {previous}: choose "
@@ -126,21 +126,27 @@ def other_data(config: Config) -> str | None:
     return None if Path(root).resolve() == Path(config.data.data_root).resolve() else root
 
 
-def has_results(folder: Path) -> bool:
-    """True if metrics.json is there and as it was written: the step in the folder is finished."""
+def results(folder: Path) -> dict | None:
+    """The content of a finished step's metrics.json; None where it is missing, damaged, or not as it
+    was written."""
     metrics = read_json_object(folder / "metrics.json") or {}
-    known = _record(folder).get("metrics")
+    known = record(folder).get("metrics")
     if known is not None and known != json_digest(metrics):
-        return False
+        return None
     values = [metrics[m] for m in METRICS if isinstance(metrics.get(m), dict)]
     whole = [v for v in values if v.keys() >= {*GROUPS} and isinstance(v["overall"], (int, float))]
-    return len(whole) == len(METRICS)
+    return metrics if len(whole) == len(METRICS) else None
+
+
+def has_results(folder: Path) -> bool:
+    """True if the step in a folder is finished: its results are there, and as they were written."""
+    return results(folder) is not None
 
 
 def _check_unchanged(folder):
     """Raise UserError if the final checkpoint of a finished step is not the one that it ended with."""
     path = final_checkpoint(folder)
-    known = _record(folder).get("final")
+    known = record(folder).get("final")
     if path and known is not None and content_digest(path) != known:
         raise UserError(
             f"{path} has changed since its step was finished: restore it from a copy, or train the "
@@ -151,14 +157,14 @@ def _check_unchanged(folder):
 def model_before(folder: Path) -> Path | None:
     """The model of the run's own step before, which the step in a folder started from; None if it was
     another one, or is gone."""
-    if not _record(folder).get("own_previous"):
+    if not record(folder).get("own_previous"):
         return None
     return final_checkpoint(folder.with_name(f"step_{int(folder.name[5:]) - 1}"))
 
 
 def is_stale(folder: Path, before: Path | None) -> bool:
     """Whether the step in a folder was trained from another model than `before`; None is unknown."""
-    return before is not None and content_digest(before) != _record(folder).get("previous")
+    return before is not None and content_digest(before) != record(folder).get("previous")
 
 
 def check_not_stale(config: Config, step: int, start: Path | None = None) -> None:
@@ -247,7 +253,7 @@ def mend_memory(data: StepData, folder: Path) -> None:
 
 
 def _mend_memory(data, folder):
-    known, place = _record(folder).get("memory"), folder / "memory"
+    known, place = record(folder).get("memory"), folder / "memory"
     try:
         if known is None or read_memory(place)["sha256"] == known:
             return

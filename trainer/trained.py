@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configs.options import Config, read_eval
-from data_loader.tasks import Task, check_step, get_task
+from data_loader.tasks import Task, check_step, task_of
 from models.deeplabv3 import DeepLabV3
 from trainer.output import make_model
 from utils.checkpoint import read_checkpoint
 from utils.distributed import device
+from utils.errors import UserError
 
 
 @dataclass
@@ -64,6 +65,18 @@ def add_flags(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
     parser.add_argument("--backbone", help=f"feature network {of_it}")
 
 
+def read_steps(paths: list[Path], args: argparse.Namespace) -> list[Trained]:
+    """The networks in several checkpoints, by their steps; UserError unless these are of one task."""
+    models = sorted((read_trained(path, args) for path in paths), key=lambda model: model.step)
+    last = models[-1]
+    for model in models:
+        if model.ids != last.ids[: len(model.ids)]:
+            raise UserError(
+                f"{model.path} and {last.path} are no steps of one task: their classes differ"
+            )
+    return models
+
+
 def read_trained(path: Path, args: argparse.Namespace) -> Trained:
     """The network in a checkpoint of this project or of the family; args: of the flags above.
 
@@ -72,7 +85,7 @@ def read_trained(path: Path, args: argparse.Namespace) -> Trained:
     said = {name: getattr(args, name) for name in ("config", "task_name", "task_step", "backbone")}
     flags = [f"--{name}={value}" for name, value in said.items() if value is not None]
     config, _ = read_eval(["-r", str(path), *flags])
-    task = get_task(config.task.name, config.task.setting, config.data.dataset.classes)
+    task = task_of(config.data)
     content = read_checkpoint(path)
     step = config.task.step
     if args.task_step is None:  # cls.0 is the background, cls.1 of step 0

@@ -194,23 +194,20 @@ class TestValidationImagesInTraining:
     def test_show_splits_refuses_them_alike(self, own_root, capsys):
         ids = add_val_to_train(own_root, 2)
         flags = ["--data_root", str(own_root), "--task_name", "joint", "--json"]
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match="2 validation images are in the training list"):
             show_splits(flags)
-        assert "2 validation images are in the training list" in capsys.readouterr().err
         assert show_splits([*flags, "--allow_val_in_train", "on"]) == 0
         assert capsys.readouterr().out.count(ids[0]) == 3
 
-    def test_show_splits_reads_of_them_in_the_configuration(self, own_root, tmp_path, capsys):
+    def test_show_splits_reads_of_them_in_the_configuration(self, own_root, tmp_path):
         add_val_to_train(own_root, 2)
         file, index = tmp_path / "own.json", tmp_path / "index"
         data = {"allow_val_in_train": True, "task": {"name": "joint", "idxs_path": str(index)}}
         file.write_text(json.dumps({"data_loader": {"args": data}}))
         flags = ["-c", str(file), "--data_root", str(own_root)]
         assert show_splits(flags) == 0 and any(index.iterdir())
-        capsys.readouterr()
-        with pytest.raises(SystemExit):
+        with pytest.raises(UserError, match="2 validation images are in the training list"):
             show_splits([*flags, "--allow_val_in_train", "off"])
-        assert "2 validation images are in the training list" in capsys.readouterr().err
 
 
 class TestDescription:

@@ -19,6 +19,8 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils.program  # noqa: F401
+
 import torch
 
 from configs.options import parse_eval, parse_train
@@ -124,10 +126,13 @@ def _work(command, arguments, output, prepare, environment):
     parse, work = COMMANDS[command]
     # tempfile draws its names from a generator that all forks of the server would share
     random.seed()
-    config, call = parse(arguments)
-    if prepare:
-        prepare()
-    launch(work, config, call)
+    try:
+        config, call = parse(arguments)
+        if prepare:
+            prepare()
+        launch(work, config, call)
+    except (Exception, KeyboardInterrupt):
+        sys.excepthook(*sys.exc_info())  # utils.program's, as in train_voc.py
 
 
 # Points at which a run changes its files.

@@ -1,5 +1,6 @@
 """Two steps of a task with weights of no training, and scripts that are called in this process."""
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from data_loader.dataset import normalize
 from models import DeepLabV3
 from tests.helpers import small_config
 from utils.checkpoint import save_checkpoint, write_json
+from utils.errors import UserError
 
 
 def random_model(classes: list[int], root: Path, seed: int) -> DeepLabV3:
@@ -58,6 +60,9 @@ def run(cpu: None, capsys: pytest.CaptureFixture) -> Callable[..., SimpleNamespa
             main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code or 0
+        except UserError as error:  # as utils/program.py shows it
+            code = 2
+            print(f"error: {error}", file=sys.stderr)
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 

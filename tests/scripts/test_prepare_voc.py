@@ -138,8 +138,9 @@ def prepare(
         capsys.readouterr()
         try:
             code = prepare_voc.main(["--root", str(root), *map(str, arguments)])
-        except SystemExit as end:
-            code = end.code
+        except UserError as error:  # as utils/program.py shows it
+            code = 2
+            print(f"error: {error}", file=sys.stderr)
         out, err = capsys.readouterr()
         lines = [line for line in err.splitlines() if line.startswith(("error", "warning"))]  # no bars
         return SimpleNamespace(returncode=code, stdout=out, stderr="\n".join(lines))

@@ -27,6 +27,7 @@ from scripts.results import COLUMNS, group_means, read_comparisons, row, write_r
 from scripts.run_experiments import main, make_places, plan, read_experiment
 from tests.helpers import CLASS_NAMES, PROJECT, error_line, small_config, snapshot
 from utils.checkpoint import content_digest, final_checkpoint, read_checkpoint, save_checkpoint
+from utils.errors import UserError
 
 GROUPS = {"old": "old", "new": "new", "all": "overall", "hIoU": "harmonic"}
 METHODS = {"image replay": "--replay image", "EIR": ""}
@@ -128,15 +129,20 @@ def call(place: Place, *more, launcher: str = "false", terminal: bool = False) -
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
-        pytest.raises(SystemExit) as end,
     ):
         patch.setenv("LAUNCHER", launcher)
         patch.setattr(sys, "argv", place.command(*more))
-        main()
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+        except UserError as error:  # as utils/program.py shows it
+            code = 2
+            print(f"error: {error}", file=sys.stderr)
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
     text = out.getvalue()
-    return SimpleNamespace(returncode=end.value.code, stdout=text, stderr=err.getvalue())
+    return SimpleNamespace(returncode=code, stdout=text, stderr=err.getvalue())
 
 
 @pytest.fixture(scope="module")

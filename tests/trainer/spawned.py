@@ -3,6 +3,8 @@
 They import this file too, and so find the same two GPUs.
 """
 
+import utils.program  # noqa: F401
+
 from configs.options import parse_train
 from trainer.run import train
 from utils import distributed

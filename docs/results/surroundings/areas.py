@@ -8,6 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import utils.program  # noqa: F401
+
 import torch
 from offsets import opened
 

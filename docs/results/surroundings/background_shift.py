@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import utils.program  # noqa: F401
+
 from configs.options import parse_train
 from data_loader.data_root import DataRoot
 from data_loader.tasks import get_task

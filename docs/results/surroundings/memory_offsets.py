@@ -12,6 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import utils.program  # noqa: F401
+
 import torch
 from offsets import best_offsets, opened, read, show
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import utils.program  # noqa: F401
+
 import torch
 
 from configs.options import load_config

@@ -14,9 +14,11 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import utils.program  # noqa: F401
+
 import trainer.incremental
 from configs.options import parse_train
-from data_loader.tasks import get_task
+from data_loader.tasks import task_of
 from models.losses import bce_sum
 from trainer.run import train
 from utils.distributed import launch
@@ -24,7 +26,7 @@ from utils.distributed import launch
 
 def main() -> None:
     config, call = parse_train(sys.argv[1:])
-    task = get_task(config.task.name, config.task.setting, config.data.dataset.classes)
+    task = task_of(config.data)
     new = 1 + len(task.seen(config.task.step - 1))
 
     def without_old(logits, labels, classes, weights, pos_weight):

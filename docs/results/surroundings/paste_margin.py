@@ -16,6 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import utils.program  # noqa: F401
+
 import trainer.incremental
 from configs.options import parse_train
 from data_loader.paste import Bank, PasteAugmentation

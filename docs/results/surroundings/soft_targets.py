@@ -13,6 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+import utils.program  # noqa: F401
+
 import trainer.incremental
 from configs.options import parse_train
 from models.losses import bce_sum, distillation_sum
