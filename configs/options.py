@@ -33,6 +33,7 @@ EVALUATED = {
     "data_loader.args.task.name",
     "data_loader.args.task.setting",
     "data_loader.args.task.step",
+    "data_loader.args.task.idxs_path",
     "data_loader.args.train.args.transform_args.crop_size",  # and those of val and test by its flag
     "data_loader.args.val.args.transform",  # and that of test by its flag
     "data_loader.args.test.args.transform",
@@ -43,22 +44,23 @@ EVALUATED = {
     "multiprocessing_distributed",
     "dist_url",
 }
+SETTINGS = ("overlap", "disjoint", "sequential")
 TRAINS = ("overwrite", "prev_checkpoint")  # what a call can ask for, and means nothing to an evaluation
 CONFIGS = Path(__file__).resolve().parent
 DEFAULT_CONFIG = CONFIGS / "config_voc.json"
 
-# Keys of configurations of DKD and EIR that are no options here. With None the key means nothing here
-# and is ignored with a warning; else it has one possible value (or several ways to write it), which may
-# stand in the file, and any other one is an error.
+# Keys of configurations of DKD and EIR that are no options here, or (the first two) of DKD alone. With
+# None the key is ignored with a warning; else it has one possible value (or several ways to write it),
+# which may stand in the file, and any other one is an error.
 ACCEPTED = {
+    "hyperparameter.dkd_pos": None,
+    "hyperparameter.dkd_neg": None,
     "test": None,
     "mix_mask": None,
     "proto_channels": None,
     "proto_layer": None,
     "margin": None,
     "n_gpu": None,  # the visible GPUs decide
-    "hyperparameter.dkd_pos": None,  # these two are options, but of DKD alone
-    "hyperparameter.dkd_neg": None,
     "hyperparameter.fc": None,
     "hyperparameter.fs": None,
     "hyperparameter.loss_lovasz": (0,),
@@ -280,8 +282,8 @@ class DataSet:
     )
     counts: list[int] = option(
         [],
-        "how many images its lists have where it is whole, to be compared with; those of VOC 2012, "
-        "under this name, are known",
+        "numbers of training and validation images of the whole data set, for a line of the log that "
+        "says if some are missing; those of VOC 2012 are known",
         complain=_no_counts,
         incidental=True,
     )
@@ -304,7 +306,7 @@ class TaskArgs:
         "overlap",
         "which images and labels a step sees",
         "--task_setting",
-        choices=("overlap", "disjoint", "sequential"),
+        choices=SETTINGS,
     )
     idxs_path: str | None = option(
         None,
@@ -356,7 +358,7 @@ class EvalSet:
 class MemoryArgs:
     mem_size: int = option(
         100,
-        "stored instances in all, 0: no memory",
+        "stored instances, or images, in all; 0: no memory",
         "--mem_size",
         low=0,
         used=WITH_MEMORY,

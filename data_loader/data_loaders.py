@@ -124,9 +124,10 @@ class StepData:
         self.other_val_labels = first_process_first(lambda: self._other_index(other))
 
     def _other_index(self, other):
-        """Ids of val that have two labels, and the index of those not used; or None, or an error.
+        """Ids of the validation images with a label in both folders, and the index of the labels that
+        are not used; None where there are none.
 
-        Labels that are not used stop nothing: what is wrong with them is for the log.
+        What is wrong with labels that are not used stops nothing: it is returned, for the log.
         """
         try:
             return (other.ids, self.root.index(other, cores())) if other.ids else None

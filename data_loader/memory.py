@@ -222,7 +222,7 @@ def draw_memory(
 
 
 def beside(folder: Path) -> Path:
-    """Where the memory of a folder is drawn, until it is complete and wanted."""
+    """Where what takes the place of a folder (memory, pseudo labels) is made, until it is complete."""
     return folder.with_name(f"{folder.name}.unfinished")
 
 

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from configs.options import VOC_CLASSES, DataArgs
+from configs.options import SETTINGS, VOC_CLASSES, DataArgs
 from utils.errors import UserError
 from utils.visualize import VOID
 
-SETTINGS = ("overlap", "disjoint", "sequential")
 ALIASES_OF_5_3 = ("5-3-60", "5-3-140", "5-3-180")
 PUBLISHED = (
     "19-1", "15-5", "15-1", "10-1", "10-5", "10-10", "5-3", "100-50", "100-10", "100-5", "50-50"

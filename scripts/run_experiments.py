@@ -72,7 +72,7 @@ class Sequence:
 
     steps: the flags of train_voc.py for each, and the configuration that they make.
     base: the sequence whose model step 1 starts from. left: the steps that are not finished yet.
-    seconds: that the training of its latest step takes, once that can be told.
+    seconds: how long the training of its latest step takes in all, None as long as that is not known.
     """
 
     method: str

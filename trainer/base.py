@@ -58,9 +58,9 @@ class Batch:
 class Trainer:
     """Trains one step of a task and evaluates it.
 
-    Making one reads and checks, and writes nothing. `prepare` draws the memory, unless it is there,
-    beside its place; what is wrong with settings and data is found by then. `fit` trains, and writes
-    what trainer/output.py lists.
+    Making one reads and checks, and writes nothing. `prepare` reads the data and draws the memory, if
+    it is not there yet, into a folder beside that of the memory, so that a refusal leaves the old one.
+    `fit` trains, and writes what trainer/output.py lists; nothing is refused any more.
     """
 
     def __init__(
@@ -265,8 +265,3 @@ class Trainer:
     def autocast(self) -> torch.autocast:
         """Mixed precision for the networks, where the configuration and the device have it."""
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype != torch.float32)
-
-    def normalizer(self, batch: Batch) -> torch.Tensor:
-        """1 / pixels of the batch that count, in the precision of the losses."""
-        dtype = torch.float64 if batch.images.dtype == torch.float64 else torch.float32
-        return 1 / batch.valid.to(dtype)

@@ -63,8 +63,8 @@ def evaluate(
 ) -> dict:
     """Metrics of a split (utils.metrics.compute_metrics), equal in every process.
 
-    Where an IoU of 0 is no error of the model, since no training image shows the class or no pixel of
-    the split, the IoU has the names of those classes as `without_images`; the means count them.
+    Beside the IoU, `without_images` lists the classes with an IoU of 0 that no training image, or no
+    pixel of the split, shows: no error of the model. The means count them.
     """
     counts = confusion_matrix(model, data, split, device, score)
     metrics = compute_metrics(counts, data.class_names, *data.groups)

@@ -71,7 +71,7 @@ class IncrementalStep(LaterStep):
         distils = settings.kd_mode != "none" and settings.kd > 0
         size = batch.labels.shape[-2:]
 
-        # what the teacher sees in the background becomes a label (its logits on the image)
+        # where the label is background, a class that the teacher is sure of becomes the label
         labels, on_image = self.pseudo_label(batch)
 
         # stored instances of the old classes go where there is most background
@@ -102,7 +102,7 @@ class IncrementalStep(LaterStep):
             )
             return {"bce": settings.mbce * bce, "kd": settings.kd * kd}
 
-        return sum_over_images(logits, size, losses, self.normalizer(batch))
+        return sum_over_images(logits, size, losses, 1 / batch.valid)
 
     @torch.no_grad()
     def pseudo_label(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,9 +1,9 @@
 """What a step leaves in its folder, and what a later call finds there.
 
 config.json          the settings
-made_from.json       digests of the model before and of the memory, and how large a batch is; once
-                     the step is finished, also digests of its own model and of its results, and how
-                     many validation images there were
+made_from.json       what the step was made from (`made_from`): digests of the model before, the memory
+                     and the lists, its settings and batch; once it is finished, also digests of its own
+                     model and of its results, and how many validation images there were
 memory/              the memory that the step replays (data_loader/memory.py)
 pseudo_labels/       what the teacher sees in each whole image (--pseudo_labels image)
 last.pth             checkpoint of the latest epoch, to resume from

@@ -195,8 +195,9 @@ def read_json(cls: type[T], path: str | Path, accepted: dict[str, tuple | None])
     """A configuration of class `cls` from a JSON file, checked key by key.
 
     accepted: path -> values, for keys that are no options. With None any value is accepted, and the key
-    is ignored; else one of those values must stand there. An option that stands in `accepted` too is
-    read, and listed as ignored: the caller knows when it is not.
+    is ignored; else one of those values must stand there. A key of an option may stand in `accepted`
+    too: the option is read, and the path is among the ignored ones, from which the caller takes it
+    where the option has an effect.
     Returns the configuration and the paths that were ignored.
     Raises UserError for a missing or malformed file, unknown keys, wrong types, values not allowed.
     """

@@ -38,14 +38,12 @@ def select_devices(device: str | None) -> None:
 
 
 def launch(worker: Callable, config, *arguments) -> None:
-    """Run worker(config, *arguments) in every process of this run; UserError ends it with code 2.
+    """Run worker(config, *arguments) in every process of this run; its UserError ends it with code 2.
 
-    config: has multiprocessing_distributed, dist_url, dist_backend, rank and world_size.
+    config: has multiprocessing_distributed, dist_url, dist_backend, rank and world_size. Raises
+    UserError where the processes cannot be started so, or one was ended from outside.
     """
-    try:
-        gpus = usable_gpus()
-    except UserError as error:
-        exit_with(error)
+    gpus = usable_gpus()
     if not gpus and os.environ.get("RANK", "0") == "0":
         print(_why_no_gpu(), file=sys.stderr)
     launched = "TORCHELASTIC_RUN_ID" in os.environ or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
@@ -59,15 +57,11 @@ def launch(worker: Callable, config, *arguments) -> None:
         url = config.dist_url or f"tcp://127.0.0.1:{free_port()}"
         if config.rank >= config.world_size:
             last = config.world_size - 1
-            exit_with(
-                UserError(
-                    f"rank is {config.rank}: of world_size {last + 1} nodes the last has rank {last}"
-                )
+            raise UserError(
+                f"rank is {config.rank}: of world_size {last + 1} nodes the last has rank {last}"
             )
         if config.world_size > 1 and not config.dist_url:
-            exit_with(
-                UserError("several nodes need --dist_url tcp://HOST:PORT of the first, or torchrun")
-            )
+            raise UserError("several nodes need --dist_url tcp://HOST:PORT of the first, or torchrun")
         logging.getLogger("torch.multiprocessing.spawn").setLevel(logging.ERROR)  # who ends whom
         context = mp.spawn(_run, (worker, config, url, *arguments), nprocs=gpus, join=False)
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -76,12 +70,10 @@ def launch(worker: Callable, config, *arguments) -> None:
                 pass
         except mp.ProcessExitedException as error:
             if error.exit_code < 0:  # killed by a signal, it could not say so itself
-                exit_with(
-                    UserError(
-                        f"a process of this run was ended from outside ({error.signal_name}): the same "
-                        "command with --resume auto goes on after the last finished epoch"
-                    )
-                )
+                raise UserError(
+                    f"a process of this run was ended from outside ({error.signal_name}): the same "
+                    "command with --resume auto goes on after the last finished epoch"
+                ) from None
             sys.exit(error.exit_code)
         except KeyboardInterrupt:
             for process in context.processes:
