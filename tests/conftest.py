@@ -14,7 +14,7 @@ from data_loader import data_root
 from scripts.make_synthetic_voc import make_synthetic_voc
 from trainer.run import evaluate_checkpoint, train
 from utils.distributed import launch
-from utils.errors import UserError
+from utils.errors import UserError, explained
 
 torch.set_num_threads(1)  # more threads slow small networks down where cores are shared
 
@@ -61,9 +61,9 @@ def command(
             launch(work, *parse([str(argument) for argument in arguments]))
         except SystemExit as end:
             code = end.code or 0
-        except UserError as error:  # as utils/program.py shows it
+        except (UserError, OSError) as error:  # as utils/program.py shows it
             code = 2
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {explained(error)}", file=sys.stderr)
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 

@@ -14,7 +14,7 @@ from data_loader.dataset import normalize
 from models import DeepLabV3
 from tests.helpers import small_config
 from utils.checkpoint import save_checkpoint, write_json
-from utils.errors import UserError
+from utils.errors import UserError, explained
 
 
 def random_model(classes: list[int], root: Path, seed: int) -> DeepLabV3:
@@ -60,9 +60,9 @@ def run(cpu: None, capsys: pytest.CaptureFixture) -> Callable[..., SimpleNamespa
             main([str(argument) for argument in arguments])
         except SystemExit as end:
             code = end.code or 0
-        except UserError as error:  # as utils/program.py shows it
+        except (UserError, OSError) as error:  # as utils/program.py shows it
             code = 2
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {explained(error)}", file=sys.stderr)
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 
