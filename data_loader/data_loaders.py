@@ -120,22 +120,24 @@ class StepData:
             name: first_process_first(lambda images=images: self.root.index(images, cores()))
             for name, images in self.lists.items()
         }
-        other = self.root.other_labels(self.lists["val"])
-        self.other_val_labels = first_process_first(lambda: self._other_index(other))
 
-    def _other_index(self, other):
+    def _other_index(self):
         """Ids of the validation images with a label in both folders, and the index of the labels that
         are not used; None where there are none.
 
         What is wrong with labels that are not used stops nothing: it is returned, for the log.
         """
         try:
+            other = self.root.other_labels(self.lists["val"])
             return (other.ids, self.root.index(other, cores())) if other.ids else None
         except UserError as error:
             return error
 
     def describe(self) -> None:
-        """Write to the log where images and labels come from, and what is doubtful about them."""
+        """Write to the log where images and labels come from, and what is doubtful about them.
+
+        To be called by all processes.
+        """
         train, val = self.lists["train"], self.lists["val"]
         counts = [len(train.ids), len(val.ids)]
         if self.set.whole and counts != self.set.whole:
@@ -154,10 +156,11 @@ class StepData:
 
     def _describe_other_labels(self):
         """Warn of validation images whose labels in the two label folders differ."""
-        if isinstance(self.other_val_labels, UserError):
-            log.warning(f"among labels of validation images that are not used: {self.other_val_labels}")
-        elif self.other_val_labels:
-            ids, index = self.other_val_labels
+        other = first_process_first(self._other_index)
+        if isinstance(other, UserError):
+            log.warning(f"among labels of validation images that are not used: {other}")
+        elif other:
+            ids, index = other
             val = self.lists["val"]
             row = {name: i for i, name in enumerate(val.ids)}
             used = self.indices["val"].present[[row[name] for name in ids]]

@@ -107,7 +107,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6, help="composites, half of them replay images")
     parser.add_argument("--epoch", type=int, default=1, help="epoch whose randomness is shown")
     options, rest = parser.parse_known_args()
-    config, call = parse_train(rest)
+    config, call = parse_train(rest, program=parser.prog)
     config.multiprocessing_distributed = False
     launch(preview, config, call, options)
 

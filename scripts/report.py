@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from configs.options import load_config
 from data_loader.tasks import task_of
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
-from trainer.output import is_stale, model_before, results
+from trainer.output import is_stale, model_before, read_results
 from utils.config import Parser
 from utils.errors import UserError
 from utils.metrics import FOOTNOTE
@@ -67,7 +67,7 @@ def read_steps(folder: Path) -> dict[int, dict]:
         )
     steps = {}
     for step, path in sorted(found.items()):
-        metrics = results(path.parent)
+        metrics = read_results(path.parent)
         if metrics is None:
             raise UserError(
                 f"cannot read the metrics {path}: damaged, or changed since they were written"

@@ -17,8 +17,8 @@ import numpy as np
 from configs.options import Config
 from data_loader.memory import MANIFEST, read_manifest
 from data_loader.tasks import Task, check_step, get_task
-from trainer.output import record
-from utils.checkpoint import read_json_object, write_atomically
+from trainer.output import read_record, read_results
+from utils.checkpoint import write_atomically
 from utils.errors import UserError
 from utils.metrics import harmonic_mean
 
@@ -76,7 +76,7 @@ def published(task: Task, images: float | None) -> dict[str, tuple[float, float]
 
 def val_images(folder: Path) -> int | None:
     """Number of images on the validation list of the step in a folder; None if it does not say."""
-    return record(folder).get("val_images")
+    return read_record(folder).get("val_images")
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
@@ -98,7 +98,10 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
     """
     step = len(task.steps) - 1 if config.task.name == "joint" else config.task.step
     folder = config.step_dir()
-    found = read_json_object(folder / "metrics.json")["Mean_Intersection_over_Union"]
+    metrics = read_results(folder)
+    if metrics is None:
+        raise UserError(f"cannot read the results in {folder}: train the step anew")
+    found = metrics["Mean_Intersection_over_Union"]
     iou = found["by_class"]
     return {
         "method": method,

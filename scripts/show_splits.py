@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(None, __doc__, epilog="further flags are those of train_voc.py")
     parser.add_argument("--json", action="store_true", help="all image ids, as JSON")
     args, rest = parser.parse_known_args(argv)
-    config, _ = parse_train(rest)
+    config, call = parse_train(rest, program=parser.prog)
+    if call.ignored or call.unused:
+        print(f"warning: without effect: {', '.join(call.ignored + call.unused)}", file=sys.stderr)
+    config.task.step = 0  # all steps are shown
     data = StepData(config)
     print((format_json if args.json else format_table)(data.task, read_splits(data)))
     return 0

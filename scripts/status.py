@@ -15,7 +15,7 @@ import utils.program
 
 from configs.options import Config, load_config
 from data_loader.tasks import task_of
-from trainer.output import has_results, is_stale, model_before, record, results
+from trainer.output import has_results, is_stale, model_before, read_record, read_results
 from utils.checkpoint import content_digest, final_checkpoint
 from utils.config import Parser
 from utils.errors import UserError
@@ -43,7 +43,7 @@ def last_record(path: Path) -> dict | None:
 def describe_step(config: Config, folder: Path, log_folder: Path, now: float) -> str:
     """One line about a step that was started: its result, or how far it is."""
     epoch = last_record(log_folder / "metrics.jsonl")
-    if metrics := results(folder):
+    if metrics := read_results(folder):
         miou = f"done      mIoU {metrics['Mean_Intersection_over_Union']['overall']:.2f}"
         stale = is_stale(folder, model_before(folder))
         return f"{miou}, from another model of the step before than is there now" if stale else miou
@@ -62,7 +62,7 @@ def describe_step(config: Config, folder: Path, log_folder: Path, now: float) ->
 
 def foreign_starts(runs: list[Path]) -> set[str | None]:
     """Digests of the models that the runs' step 1 started from where that was no step 0 of theirs."""
-    records = [record(run / "step_1") for run in runs]
+    records = [read_record(run / "step_1") for run in runs]
     return {made.get("previous") for made in records if made.get("own_previous") is False}
 
 

@@ -64,7 +64,7 @@ def draw(_, args: argparse.Namespace) -> None:
     config = last.config
     config.task.step = last.step
     if args.data_root:
-        config.data.data_root = args.data_root
+        config.data.data_root = str(args.data_root)
     pixels = choose_pixels(models, StepData(config), args.pixels, args.seed)
     folds = min(5, len(set(pixels.images)))
     steps = "step 0's classes" if first.step == 0 else f"the classes of steps 0 to {first.step}"
@@ -175,7 +175,11 @@ def plot(file, pixels: Pixels, places: list[np.ndarray], captions: list[str], mo
 def main(argv: list[str] | None = None) -> None:
     parser = Parser(None, __doc__)
     add_flags(parser, nargs="+")
-    parser.add_argument("--data_root", help="folder of the data set (that of the configuration)")
+    parser.add_argument(
+        "--data_root",
+        type=utils.program.a_path,
+        help="folder of the data set (that of the configuration)",
+    )
     parser.add_argument("--output", type=utils.program.a_path, required=True, help="PNG to write")
     parser.add_argument("--pixels", type=int, default=100, help="pixels of each class (100)")
     parser.add_argument(

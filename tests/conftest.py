@@ -1,7 +1,6 @@
 """Fixtures that every test file may use."""
 
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +11,9 @@ import torch
 from configs.options import parse_eval, parse_train
 from data_loader import data_root
 from scripts.make_synthetic_voc import make_synthetic_voc
+from tests.helpers import code_of
 from trainer.run import evaluate_checkpoint, train
 from utils.distributed import launch
-from utils.errors import UserError, explained
 
 torch.set_num_threads(1)  # more threads slow small networks down where cores are shared
 
@@ -56,14 +55,8 @@ def command(
     def call(script: str, *arguments) -> SimpleNamespace:
         parse, work = COMMANDS[script]
         capsys.readouterr()
-        code = 0
-        try:
-            launch(work, *parse([str(argument) for argument in arguments]))
-        except SystemExit as end:
-            code = end.code or 0
-        except (UserError, OSError) as error:  # as utils/program.py shows it
-            code = 2
-            print(f"error: {explained(error)}", file=sys.stderr)
+        words = [str(argument) for argument in arguments]
+        code = code_of(lambda: launch(work, *parse(words)))
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 

@@ -4,11 +4,15 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import utils.program  # noqa: F401
+
 from configs.options import VOC_CLASSES, Config
 from utils.config import get, options, put
+from utils.errors import UserError
 
 CLASS_NAMES = ("background", *VOC_CLASSES)
 PROJECT = Path(__file__).resolve().parents[1]
@@ -56,6 +60,19 @@ def run_script(*arguments, **environment: str) -> subprocess.CompletedProcess:
         text=True,
         timeout=900,
     )
+
+
+def code_of(program: Callable[[], int | None]) -> int:
+    """The exit code of a program that is called in this process; what a user can do something about is
+    shown by utils/program.py, as when it runs by itself, and other exceptions pass."""
+    try:
+        try:
+            return program() or 0
+        except (UserError, OSError):
+            sys.excepthook(*sys.exc_info())
+    except SystemExit as end:
+        return end.code or 0
+    raise AssertionError("utils/program.py has not ended the program")
 
 
 def error_line(result: subprocess.CompletedProcess | SimpleNamespace) -> str:

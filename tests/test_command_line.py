@@ -110,6 +110,12 @@ class TestTrainAndEvaluate:
         words = "was trained with other settings (data_loader.args.test.args.transform)"
         assert said.returncode == 0 and words in said.stdout
         assert "other settings" not in command("eval_voc.py", *checkpoint).stdout
+        (own := tmp_path / "own").mkdir()
+        shutil.copy(checkpoint[1], own)
+        (own / "config.json").write_text('{"arch": {"type": "UNet"}}')  # another program's
+        foreign = ("-r", own / CHECKPOINT, "-c", tmp_path / "config.json")
+        said = command("eval_voc.py", *foreign)
+        assert said.returncode == 0 and "other settings" not in said.stdout
         assert flag.read_text() == file.read_text() != (trained / "metrics.json").read_text()
 
     def test_train_with_test_evaluates_only(self, trained, voc_root, command):

@@ -54,13 +54,18 @@ class Batch:
     indices: list[int]
     valid: torch.Tensor
 
+    @property
+    def scale(self) -> torch.Tensor:
+        """1 / valid, in the precision of the losses: float32, or float64 as the images are."""
+        return 1 / self.valid.to(torch.promote_types(self.images.dtype, torch.float32))
+
 
 class Trainer:
     """Trains one step of a task and evaluates it.
 
-    Making one reads and checks, and writes nothing. `prepare` reads the data and draws the memory, if
-    it is not there yet, into a folder beside that of the memory, so that a refusal leaves the old one.
-    `fit` trains, and writes what trainer/output.py lists; nothing is refused any more.
+    Making one reads and checks, and writes nothing. `prepare` makes the training set and draws the
+    memory, if it is not there yet, into a folder beside its own, so that a refusal leaves the old one.
+    `fit` trains, and writes what trainer/output.py lists; what was asked for is refused no more.
     """
 
     def __init__(

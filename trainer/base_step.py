@@ -40,7 +40,7 @@ class BaseStep(Trainer):
         def terms(i, z):
             return self.terms(z, batch.labels[i])
 
-        return sum_over_images(logits, batch.images.shape[-2:], terms, 1 / batch.valid)
+        return sum_over_images(logits, batch.images.shape[-2:], terms, batch.scale)
 
     def terms(self, z: torch.Tensor, label: torch.Tensor) -> dict[str, torch.Tensor]:
         """The loss terms of an image from its full-size logits z [C, H, W] and its label [H, W]."""

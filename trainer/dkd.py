@@ -87,7 +87,7 @@ class DKDStep(AllPixels, LaterStep):
                 "kd": settings.kd * soft_target_sum(z[1:new], target[1:]),
             }
 
-        scale = 1 / batch.valid
+        scale = batch.scale
         loss, terms = sum_over_images(logits, size, losses, scale)
 
         # the old classes' logits in two parts, at stride 16: a position counts for its share of pixels

@@ -102,7 +102,7 @@ class IncrementalStep(LaterStep):
             )
             return {"bce": settings.mbce * bce, "kd": settings.kd * kd}
 
-        return sum_over_images(logits, size, losses, 1 / batch.valid)
+        return sum_over_images(logits, size, losses, batch.scale)
 
     @torch.no_grad()
     def pseudo_label(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -22,6 +22,11 @@ class LaterStep(Trainer):
         self.before = checkpoint.get("made_from") or {}
         # whether cls.0 may be DKD's auxiliary classifier, which says nothing of the background
         self.auxiliary = checkpoint.get("format") != "eir-1" or checkpoint.get("ac", 0) != 0
+        if self.config.hyperparameter.ac > 0 and not self.auxiliary:
+            log.warning(
+                f"{self.previous} holds a background classifier in place of DKD's auxiliary one, from "
+                "which the new classifier starts (--ac): train its step with --ac too"
+            )
         self.teacher.eval().requires_grad_(False)
         self.teacher.to(self.device, memory_format=torch.channels_last)
         if fresh:
@@ -31,11 +36,6 @@ class LaterStep(Trainer):
 
     def _start_from_auxiliary(self):
         """New classifier from cls.0, as DKD does."""
-        if not self.auxiliary:
-            log.warning(
-                f"{self.previous} holds a background classifier in place of DKD's auxiliary one, from "
-                "which the new classifier starts (--ac): train its step with --ac too"
-            )
         new, auxiliary = self.model.cls[-1], self.model.cls[0]
         with torch.no_grad():
             new.weight.copy_(auxiliary.weight.expand_as(new.weight))

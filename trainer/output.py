@@ -69,7 +69,7 @@ def check_places(config: Config) -> None:
                 raise UserError(f"{place} is no folder: move it away, the step has one of that name")
 
 
-def record(folder: Path) -> dict:
+def read_record(folder: Path) -> dict:
     """What made_from.json in a step's folder says; empty where it is missing or damaged."""
     return read_json_object(folder / "made_from.json") or {}
 
@@ -91,7 +91,7 @@ def is_finished(
     if not has_results(folder) or not (folder / "config.json").exists():
         return False
     changed = differences(load_config(folder / "config.json")[0], config)
-    made = record(folder)
+    made = read_record(folder)
     batch, processes = made.get("batch"), processes or made.get("processes")
     bs, accumulate = config.data.train.batch_size, config.trainer.accumulate
     asked = processes and processes * bs
@@ -121,16 +121,17 @@ def other_data(config: Config) -> str | None:
     """The data root that a finished step was trained on, where it is another than asked for now.
 
     That makes no other experiment, since folders move, but what is in them may be something else.
+    Relative ones are taken from the present folder.
     """
     root = load_config(config.step_dir() / "config.json")[0].data.data_root
     return None if Path(root).resolve() == Path(config.data.data_root).resolve() else root
 
 
-def results(folder: Path) -> dict | None:
+def read_results(folder: Path) -> dict | None:
     """The content of a finished step's metrics.json; None where it is missing, damaged, or not as it
     was written."""
     metrics = read_json_object(folder / "metrics.json") or {}
-    known = record(folder).get("metrics")
+    known = read_record(folder).get("metrics")
     if known is not None and known != json_digest(metrics):
         return None
     values = [metrics[m] for m in METRICS if isinstance(metrics.get(m), dict)]
@@ -140,13 +141,13 @@ def results(folder: Path) -> dict | None:
 
 def has_results(folder: Path) -> bool:
     """True if the step in a folder is finished: its results are there, and as they were written."""
-    return results(folder) is not None
+    return read_results(folder) is not None
 
 
 def _check_unchanged(folder):
     """Raise UserError if the final checkpoint of a finished step is not the one that it ended with."""
     path = final_checkpoint(folder)
-    known = record(folder).get("final")
+    known = read_record(folder).get("final")
     if path and known is not None and content_digest(path) != known:
         raise UserError(
             f"{path} has changed since its step was finished: restore it from a copy, or train the "
@@ -157,14 +158,14 @@ def _check_unchanged(folder):
 def model_before(folder: Path) -> Path | None:
     """The model of the run's own step before, which the step in a folder started from; None if it was
     another one, or is gone."""
-    if not record(folder).get("own_previous"):
+    if not read_record(folder).get("own_previous"):
         return None
     return final_checkpoint(folder.with_name(f"step_{int(folder.name[5:]) - 1}"))
 
 
 def is_stale(folder: Path, before: Path | None) -> bool:
     """Whether the step in a folder was trained from another model than `before`; None is unknown."""
-    return before is not None and content_digest(before) != record(folder).get("previous")
+    return before is not None and content_digest(before) != read_record(folder).get("previous")
 
 
 def check_not_stale(config: Config, step: int, start: Path | None = None) -> None:
@@ -253,7 +254,7 @@ def mend_memory(data: StepData, folder: Path) -> None:
 
 
 def _mend_memory(data, folder):
-    known, place = record(folder).get("memory"), folder / "memory"
+    known, place = read_record(folder).get("memory"), folder / "memory"
     try:
         if known is None or read_memory(place)["sha256"] == known:
             return

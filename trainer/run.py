@@ -141,9 +141,13 @@ def _say_how_it_was_trained(config, path):
     """Warn of settings that an evaluation makes use of and that the training had others of."""
     trained = path.parent / "config.json"
     if trained.is_file():
-        other = [key for key in differences(load_config(trained)[0], config) if key in EVALUATED]
+        try:
+            changed = differences(load_config(trained)[0], config)
+        except UserError:  # another program's, or damaged
+            return
+        other = [key for key in changed if key in EVALUATED]
         if other:
             log.warning(
-                f"{path} was trained with other settings ({', '.join(other)}): eval_voc.py without -c "
-                "and these flags takes those"
+                f"{path} was trained with other settings ({', '.join(other)}): an evaluation "
+                "without -c and these flags takes those"
             )

@@ -1,10 +1,11 @@
 """A trained network by itself, without the data that it was trained on."""
 
 import argparse
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from utils.program import a_path
 
 from configs.options import Config, read_eval
 from data_loader.tasks import Task, check_step, task_of
@@ -53,7 +54,7 @@ def add_flags(parser: argparse.ArgumentParser, nargs: str | None = None) -> None
         "-r",
         "--resume",
         nargs=nargs,
-        type=lambda text: Path(os.path.expanduser(text)),
+        type=a_path,
         required=True,
         metavar="CKPT",
         help="checkpoint of a step",

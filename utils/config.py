@@ -176,19 +176,21 @@ def put(config: Any, path: str, value: Any) -> None:
 
 def load_json(path: str | Path) -> Any:
     """The content of a JSON file; UserError if it is missing, malformed, or has a key twice."""
+
+    def each_key_once(pairs):
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            names = [key for key, _ in pairs]
+            twice = next(key for key in names if names.count(key) > 1)
+            raise UserError(f"{path}: the key {json.dumps(twice)} stands twice in one object")
+        return content
+
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_each_key_once)
+        return json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=each_key_once)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not valid JSON: {error}") from None
-
-
-def _each_key_once(pairs):
-    for key, _ in pairs:
-        if sum(key == other for other, _ in pairs) > 1:
-            raise ValueError(f"the key {json.dumps(key)} stands twice in one object")
-    return dict(pairs)
 
 
 def read_json(cls: type[T], path: str | Path, accepted: dict[str, tuple | None]) -> tuple[T, list[str]]:

@@ -12,6 +12,7 @@ from typing import NoReturn
 # What the libraries say when memory runs out, in a loader's process as well, whose exceptions may
 # arrive as text in a RuntimeError.
 NO_MEMORY = r"out of memory|ALLOC_FAILED|(can't|cannot|unable to) allocate|bad[_ ]alloc|MemoryError"
+OWN = ("configs", "data_loader", "models", "scripts", "trainer", "utils")  # packages that are here
 LONGEST = 1200  # characters of an error line
 
 
@@ -39,9 +40,10 @@ def explained(error: BaseException) -> UserError | None:
             "interrupted: run the same command again; a training with --resume auto goes on after the "
             "last finished epoch"
         )
-    if isinstance(error, ModuleNotFoundError):
+    missing = (getattr(error, "name", None) or "").partition(".")[0]
+    if isinstance(error, ModuleNotFoundError) and missing and missing not in OWN:
         return UserError(
-            f"{sys.executable} lacks the package {error.name}: source .venv/bin/activate first, or "
+            f"{sys.executable} lacks the package {missing}: source .venv/bin/activate first, or "
             "pip install -r requirements.txt"
         )
     if type(error).__name__ == "DistBackendError":  # of torch.distributed; its lines all say something

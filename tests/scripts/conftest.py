@@ -1,6 +1,5 @@
 """Two steps of a task with weights of no training, and scripts that are called in this process."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,9 +11,8 @@ from torchvision.transforms.functional import resize
 from data_loader.data_root import read_image
 from data_loader.dataset import normalize
 from models import DeepLabV3
-from tests.helpers import small_config
+from tests.helpers import code_of, small_config
 from utils.checkpoint import save_checkpoint, write_json
-from utils.errors import UserError, explained
 
 
 def random_model(classes: list[int], root: Path, seed: int) -> DeepLabV3:
@@ -55,14 +53,7 @@ def run(cpu: None, capsys: pytest.CaptureFixture) -> Callable[..., SimpleNamespa
 
     def call(main, *arguments) -> SimpleNamespace:
         capsys.readouterr()
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as end:
-            code = end.code or 0
-        except (UserError, OSError) as error:  # as utils/program.py shows it
-            code = 2
-            print(f"error: {explained(error)}", file=sys.stderr)
+        code = code_of(lambda: main([str(argument) for argument in arguments]))
         out, err = capsys.readouterr()
         return SimpleNamespace(returncode=code, stdout=out, stderr=err)
 

@@ -20,7 +20,7 @@ from scipy.sparse import csc_matrix
 
 from data_loader.data_root import DataRoot, read_label
 from scripts import prepare_voc
-from tests.helpers import PROJECT, error_line, run_script, snapshot, train_flags
+from tests.helpers import PROJECT, code_of, error_line, run_script, snapshot, train_flags
 from utils.errors import UserError
 from utils.visualize import voc_palette
 
@@ -136,11 +136,7 @@ def prepare(
 
     def run(root, *arguments):
         capsys.readouterr()
-        try:
-            code = prepare_voc.main(["--root", str(root), *map(str, arguments)])
-        except UserError as error:  # as utils/program.py shows it
-            code = 2
-            print(f"error: {error}", file=sys.stderr)
+        code = code_of(lambda: prepare_voc.main(["--root", str(root), *map(str, arguments)]))
         out, err = capsys.readouterr()
         lines = [line for line in err.splitlines() if line.startswith(("error", "warning"))]  # no bars
         return SimpleNamespace(returncode=code, stdout=out, stderr="\n".join(lines))

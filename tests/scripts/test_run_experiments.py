@@ -25,9 +25,15 @@ from data_loader.tasks import get_task
 from scripts import run_experiments
 from scripts.results import COLUMNS, group_means, read_comparisons, row, write_results
 from scripts.run_experiments import main, make_places, plan, read_experiment
-from tests.helpers import CLASS_NAMES, PROJECT, error_line, small_config, snapshot
-from utils.checkpoint import content_digest, final_checkpoint, read_checkpoint, save_checkpoint
-from utils.errors import UserError
+from tests.helpers import CLASS_NAMES, PROJECT, code_of, error_line, small_config, snapshot
+from utils.checkpoint import (
+    content_digest,
+    final_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+    write_json,
+)
+from utils.metrics import METRICS
 
 GROUPS = {"old": "old", "new": "new", "all": "overall", "hIoU": "harmonic"}
 METHODS = {"image replay": "--replay image", "EIR": ""}
@@ -132,13 +138,7 @@ def call(place: Place, *more, launcher: str = "false", terminal: bool = False) -
     ):
         patch.setenv("LAUNCHER", launcher)
         patch.setattr(sys, "argv", place.command(*more))
-        try:
-            main()
-        except SystemExit as end:
-            code = end.code
-        except UserError as error:  # as utils/program.py shows it
-            code = 2
-            print(f"error: {error}", file=sys.stderr)
+        code = code_of(main)
     for number, handler in zip(numbers, handlers, strict=True):
         signal.signal(number, handler)
     text = out.getvalue()
@@ -576,6 +576,13 @@ def test_methods_of_another_training_share_a_step_0_of_their_own(fresh, tmp_path
     assert [c.step_dir().name for c in configs] == ["step_0"] * 3
 
 
+def whole_metrics(iou):
+    """What metrics.json holds, with this of the IoU."""
+    metrics = {name: dict.fromkeys(GROUPS.values(), 1.0) for name in METRICS}
+    metrics["Mean_Intersection_over_Union"] |= iou
+    return metrics
+
+
 IOU = {name: 1.5 * i * i + 3 for i, name in enumerate(CLASS_NAMES)}
 
 
@@ -613,9 +620,8 @@ class TestRow:
         for step in (0, 1):
             config.task.step = step
             seen = {name: iou[name] for name in task.class_names(step)}
-            metrics = {"Mean_Intersection_over_Union": {"by_class": seen}}
             config.step_dir().mkdir(parents=True)
-            (config.step_dir() / "metrics.json").write_text(json.dumps(metrics))
+            write_json(config.step_dir() / "metrics.json", whole_metrics({"by_class": seen}))
             rows.append(row("EIR", task, 1, config))
         write_results(tmp_path / "results.csv", rows)
         (found,) = read_comparisons(tmp_path / "results.csv")
@@ -628,8 +634,8 @@ class TestRow:
     def test_joint_training_without_a_log(self, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path, task_name="joint", name="joint-seed7", seed=7)
         config.step_dir().mkdir(parents=True)
-        metrics = {"Mean_Intersection_over_Union": {"by_class": IOU, "without_images": ["bus", "cow"]}}
-        (config.step_dir() / "metrics.json").write_text(json.dumps(metrics))
+        metrics = whole_metrics({"by_class": IOU, "without_images": ["bus", "cow"]})
+        write_json(config.step_dir() / "metrics.json", metrics)
         task = get_task("15-1_b", "overlap")
         found = row("joint", task, 7, config)
         assert set(found) <= {*COLUMNS, *CLASS_NAMES} and "seconds" not in found

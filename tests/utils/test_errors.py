@@ -58,6 +58,13 @@ def test_what_a_user_can_do_something_about_says_what(error, words):
     assert re.search(words, str(explained(error))) and "\n" not in str(explained(error))
 
 
+def test_a_package_is_missing_but_a_module_of_ours_is_a_fault():
+    missing = explained(ModuleNotFoundError("No module named 'timm.data'", name="timm.data"))
+    assert "lacks the package timm: " in str(missing)
+    for error in (ModuleNotFoundError("x", name="trainer.gone"), ModuleNotFoundError("no name")):
+        assert explained(error) is None
+
+
 def test_a_fault_of_the_program_leaves_its_traceback_in_a_file(cpu, capsys):
     def fail(config):
         raise KeyError("unforeseen")

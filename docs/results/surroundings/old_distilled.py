@@ -10,11 +10,11 @@ the distillation holds them. Labels, pseudo labels and pasted instances count in
 import sys
 from pathlib import Path
 
-import torch.nn.functional as F
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import utils.program  # noqa: F401
+
+import torch.nn.functional as F
 
 import trainer.incremental
 from configs.options import parse_train

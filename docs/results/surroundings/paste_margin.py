@@ -11,12 +11,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 import utils.program  # noqa: F401
+
+import numpy as np
+import torch
 
 import trainer.incremental
 from configs.options import parse_train
