@@ -15,9 +15,8 @@ from data_loader.tasks import get_task
 from scripts import results
 from scripts.report import class_iou_figure, forgetting_figure, main, mean_iou_figure
 from scripts.results import read_comparisons
-from tests.helpers import CLASS_NAMES, PROJECT, error_line, run_script
+from tests.helpers import CLASS_NAMES, PROJECT, code_of, error_line, run_script
 from utils.checkpoint import content_digest, json_digest, save_checkpoint, write_json
-from utils.errors import UserError
 from utils.metrics import METRICS
 
 COLUMNS = [*results.COLUMNS, *CLASS_NAMES[1:]]
@@ -56,11 +55,12 @@ def report(folder: Path, capsys) -> str:
 
 
 def failure(folder: Path, capsys) -> str:
-    """What a report says that is refused and shows nothing."""
-    with pytest.raises(UserError) as refused:
-        main([str(folder)])
-    assert capsys.readouterr().out == ""
-    return str(refused.value)
+    """The one line on standard error of a report that ends with code 2 and shows nothing."""
+    code = code_of(lambda: main([str(folder)]))
+    output = capsys.readouterr()
+    assert code == 2 and output.out == ""
+    assert output.err.startswith("error: ") and output.err.count("\n") == 1
+    return output.err
 
 
 def tables(text: str, first: str = "method") -> list[dict[str, dict[str, str]]]:
@@ -372,7 +372,7 @@ class TestRun:
         if text == "wrong types":
             text = path.read_text().replace('"by_class": {', '"by_class": {"a": "b", ')
         path.write_text(text)
-        assert failure(tmp_path, capsys).startswith(f"cannot read the metrics {path}: ")
+        assert failure(tmp_path, capsys).startswith(f"error: cannot read the metrics {path}: ")
 
     def test_changed_numbers_are_refused_and_a_stale_step_is_named(self, tmp_path, capsys):
         folder = make_steps(tmp_path, 1)

@@ -7,9 +7,8 @@ import time
 import pytest
 
 from scripts.status import duration, main
-from tests.helpers import small_config
+from tests.helpers import code_of, small_config
 from utils.checkpoint import content_digest, save_checkpoint, write_json
-from utils.errors import UserError
 from utils.metrics import GROUPS, METRICS
 
 
@@ -122,9 +121,10 @@ def test_a_step_0_that_another_run_has_is_missing_in_neither(step, tmp_path, cap
     assert lines(tmp_path, capsys)[-1].split() == ["left", "steps", "1,", "2"]
 
 
-def test_a_folder_without_runs_is_refused(tmp_path):
-    with pytest.raises(UserError, match="give the --save_dir"):
-        main([str(tmp_path)])
+def test_a_folder_without_runs_ends_in_one_line(tmp_path, capsys):
+    assert code_of(lambda: main([str(tmp_path)])) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "give the --save_dir" in lines[0]
 
 
 @pytest.mark.parametrize(
