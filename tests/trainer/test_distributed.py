@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from configs.options import Config, TrainCall
-from tests.helpers import error_line, run_script, small_config, snapshot, train_flags
+from tests.helpers import code_of, error_line, run_script, small_config, snapshot, train_flags
 from tests.trainer.steps import KINDS, assert_same_step, confident_model
 from trainer import setup
 from trainer.run import train
@@ -224,17 +224,16 @@ def test_a_process_that_waits_at_a_barrier_ends_when_another_one_fails(tmp_path)
     assert time.time() - float(result.stdout) < 25  # since it failed, however long they took to start
 
 
-def test_gpus_that_torch_cannot_use_are_an_error_that_names_the_driver(cpu, monkeypatch):
+def test_gpus_that_torch_cannot_use_are_an_error_that_names_the_driver(cpu, monkeypatch, capsys):
     def too_old():
         raise RuntimeError("The NVIDIA driver on your system is\ntoo old (found version 11040).")
 
     monkeypatch.setattr(torch.cuda, "init", too_old)
     assert usable_gpus() == 0
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError) as refused:
-        launch(print, Config(multiprocessing_distributed=True))
-    line = str(refused.value)
-    assert line.startswith("the NVIDIA driver shows 2 GPUs, but torch ")
+    assert code_of(lambda: launch(print, Config(multiprocessing_distributed=True))) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: the NVIDIA driver shows 2 GPUs, but torch ")
     assert "is too old (found version 11040)" in line and "CUDA_VISIBLE_DEVICES=''" in line
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert usable_gpus() == 2
@@ -260,19 +259,20 @@ def test_statistics_are_sent_only_where_they_could_differ(monkeypatch, norm, fro
     assert settings["broadcast_buffers"] is sent
 
 
-def test_several_nodes_need_the_place_of_the_first(cpu, monkeypatch):
+def test_several_nodes_need_the_place_of_the_first(cpu, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     config = Config(multiprocessing_distributed=True, world_size=2)
-    with pytest.raises(UserError, match="several nodes need --dist_url tcp://HOST:PORT"):
-        launch(print, config)
+    assert code_of(lambda: launch(print, config)) == 2
+    assert "error: several nodes need --dist_url tcp://HOST:PORT" in capsys.readouterr().err
 
 
-def test_a_rank_beyond_the_last_node_is_an_error(cpu, monkeypatch):
+def test_a_rank_beyond_the_last_node_is_an_error(cpu, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(UserError, match="rank is 2: of world_size 2 nodes the last has rank 1"):
-        launch(print, Config(multiprocessing_distributed=True, world_size=2, rank=2))
+    config = Config(multiprocessing_distributed=True, world_size=2, rank=2)
+    assert code_of(lambda: launch(print, config)) == 2
+    assert "error: rank is 2: of world_size 2 nodes the last has rank 1" in capsys.readouterr().err
 
 
 def test_one_of_several_nodes_does_not_train_alone(cpu, voc_root, tmp_path):
