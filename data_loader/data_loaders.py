@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from configs.options import Config, MemoryArgs
-from data_loader.data_root import DataRoot, LabelIndex, in_both
+from data_loader.data_root import DataRoot, in_both
 from data_loader.dataset import LabelledImages
 from data_loader.memory import Memory, Source, draw_memory
 from data_loader.tasks import check_step, task_of
@@ -120,6 +120,8 @@ class StepData:
             name: first_process_first(lambda images=images: self.root.index(images, cores()))
             for name, images in self.lists.items()
         }
+        # a test's images are chosen from the validation list too
+        self.lists["test"], self.indices["test"] = self.lists["val"], self.indices["val"]
 
     def _other_index(self):
         """Ids of the validation images with a label in both folders, and the index of the labels that
@@ -189,14 +191,14 @@ class StepData:
 
     def _without_image(self, split, classes):
         """Names of those of the classes that no image of a split of this step shows."""
-        shown = self._index(split).present[self.select(split)].any(axis=0)
+        shown = self.indices[split].present[self.select(split)].any(axis=0)
         return ", ".join(self.task.named(c for c in classes if not shown[c]))
 
     def never_shown(self) -> list[str]:
         """Names of the classes seen so far whose label no training image of any step so far shows."""
         shown = set()
         for step in range(self.step + 1):
-            present = self._index("train").present[self.select("train", step)].any(axis=0)
+            present = self.indices["train"].present[self.select("train", step)].any(axis=0)
             shown |= {c for c in self.task.visible(step, "train") if present[c]}
         return self.task.named(c for c in self.task.seen(self.step) if c not in shown)
 
@@ -217,7 +219,7 @@ class StepData:
     def select(self, split: str, step: int | None = None) -> np.ndarray:
         """Indices, into the list, of the images of a split (train, val, test)."""
         step = self.step if step is None else step
-        return self.task.select(step, split, self._index(split).present)
+        return self.task.select(step, split, self.indices[split].present)
 
     def digest(self, split: str) -> str:
         """A digest of the images of the list `train` or `val`, by their ids, and of their labels."""
@@ -289,19 +291,16 @@ class StepData:
         visible, old = self.task.visible(before, "train"), self.task.seen(before)
         chosen = self.select("train", before)
         names = dict(self.task.names)
-        files, index = self.lists["train"], self._index("train")
+        files, index = self.lists["train"], self.indices["train"]
         source = Source(files, index, chosen, visible, previous, names, seen)
         kind = "image" if settings.replay == "image" else "instance"
         return draw_memory(
             folder, source, old, kind, settings.mem_size, seed, settings.surroundings, anew
         )
 
-    def _index(self, split) -> LabelIndex:
-        return self.indices["train" if split == "train" else "val"]
-
     def _dataset(self, split, transform, step=None):
         step = self.step if step is None else step
-        files = self.lists["train" if split == "train" else "val"]
+        files = self.lists[split]
         hidden = getattr(self.config, split).args.masking_value
         table = self.task.label_table(self.task.visible(step, split), hidden)
         if self.set.zero == "void":

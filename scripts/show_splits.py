@@ -28,8 +28,7 @@ def read_splits(data: StepData) -> list[dict]:
     steps = []
     for step, classes in enumerate(data.task.steps):
         chosen = {split: data.select(split, step) for split in SPLITS}
-        lists = {split: data.lists["train" if split == "train" else "val"] for split in SPLITS}
-        ids = {split: [lists[split].ids[i] for i in rows] for split, rows in chosen.items()}
+        ids = {split: [data.lists[split].ids[i] for i in rows] for split, rows in chosen.items()}
         counts = data.indices["train"].present[chosen["train"]].sum(axis=0)
         shown = {c: int(counts[c]) for c in classes}
         steps.append({"step": step, "classes": list(classes), **ids, "shown": shown})
