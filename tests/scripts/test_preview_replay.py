@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from configs.options import TrainCall
@@ -47,6 +48,18 @@ def test_a_sheet_of_new_and_replayed_images(voc_root, tmp_path, monkeypatch, cap
     assert 0 < covered.max() <= 1 and covered.min() == 0
     changed = np.stack([(row[3] != row[0]).any(axis=2) for row in drawn])
     assert changed.any() and not (changed & (covered == 0)).any()
+
+
+def test_the_samples_are_those_of_the_epoch():
+    class Keys(list):  # each key is a sample, so that a batch says which were asked for
+        def __getitem__(self, key):
+            return torch.tensor(key)
+
+    data = SimpleNamespace(training=lambda: range(5))
+    trainer = SimpleNamespace(data=data, dataset=Keys(range(8)), to_device=lambda batch: batch)
+    epochs, samples = preview_replay.first_batch(trainer, options("sheet.png", epoch=3)).T
+    assert epochs.tolist() == [2, 2, 2, 2]  # the third epoch
+    assert sorted(samples >= 5) == [False, False, True, True]
 
 
 @pytest.mark.parametrize(
