@@ -39,6 +39,10 @@ EVALUATED = {
     "data_loader.args.test.args.transform",
     "data_loader.args.test.args.masking_value",
     "data_loader.args.test.args.transform_args.crop_size",
+    "data_loader.args.dataset.zero",
+    "data_loader.args.dataset.val_list",
+    "data_loader.args.dataset.val_images",
+    "data_loader.args.dataset.val_labels",
     "data_loader.args.allow_val_in_train",
     "arch.args.backbone",
     "multiprocessing_distributed",
@@ -51,7 +55,8 @@ DEFAULT_CONFIG = CONFIGS / "config_voc.json"
 
 # Keys of configurations of DKD and EIR that are no options here, or (the first two) of DKD alone. With
 # None the key is ignored with a warning; else it has one possible value (or several ways to write it),
-# which may stand in the file, and any other one is an error.
+# which may stand in the file (with a warning if it is 0 or false, which switch something off that is
+# not here), and any other one is an error.
 ACCEPTED = {
     "hyperparameter.dkd_pos": None,
     "hyperparameter.dkd_neg": None,

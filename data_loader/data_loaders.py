@@ -148,9 +148,10 @@ class StepData:
         both = in_both(train, val)
         if both:
             log.warning(f"{len(both)} validation images are trained on, {both[0]} first")
-        folders = collections.Counter(label.parent.name for label in val.labels)
-        counts = ", ".join(f"{folder} ({count})" for folder, count in folders.items())
-        log.info(f"labels of the validation images: {counts}")
+        for name, files in (("training", train), ("validation", val)):
+            folders = collections.Counter(label.parent.name for label in files.labels)
+            counts = ", ".join(f"{folder} ({count})" for folder, count in folders.items())
+            log.info(f"labels of the {name} images: {counts}")
         if self.set.zero == "background" and not self.indices["train"].pixels[:, 0].any():
             log.warning("no training label has id 0, the background: are all ids too high by one?")
         self._describe_other_labels()

@@ -23,7 +23,10 @@ TIMM = "timm/"  # such as timm/tf_efficientnet_lite0
 
 
 class TimmBackbone(nn.Module):
-    """The last stage of a timm network, dilated so that it stays at stride 16."""
+    """The last stage of a timm network, dilated so that it stays at stride 16.
+
+    channels: of its features. normalised: (mean, std) of the images that its weights were trained on.
+    """
 
     def __init__(self, name: str):
         super().__init__()
@@ -41,6 +44,8 @@ class TimmBackbone(nn.Module):
                 "network with the argument output_stride, such as timm/tf_efficientnet_lite0"
             ) from None
         self.channels = last["num_chs"]
+        pretrained = self.model.pretrained_cfg
+        self.normalised = tuple(pretrained["mean"]), tuple(pretrained["std"])
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.model.forward_intermediates(images, indices=1, intermediates_only=True)[-1]

@@ -14,7 +14,7 @@ from statistics import mean
 
 import numpy as np
 
-from configs.options import Config
+from configs.options import CONFIGS, Config, load_config
 from data_loader.memory import MANIFEST, read_manifest
 from data_loader.tasks import Task, check_step, get_task
 from trainer.output import read_record, read_results
@@ -37,7 +37,8 @@ NUMBERS = (
 COLUMNS = (*TEXTS[:3], *INTEGERS, *NUMBERS, "without_images")
 
 # Published results in the setting overlap, in percent: by the number of validation images (of VOC 2012
-# and of ADE20K), task and method, the hIoU and the mean IoU of all classes after the last step.
+# and of ADE20K), task and method, the hIoU and the mean IoU of all classes after the last step. ORDERS
+# has the configurations with the order of their classes.
 PUBLISHED = {
     1449: {
         "19-1": {"DKD": (56.95, 76.13), "DKD-M": (68.14, 77.04)},
@@ -52,6 +53,7 @@ PUBLISHED = {
         "50-50": {"DKD": (34.77, 34.39)},
     },
 }
+ORDERS = {1449: "config_voc.json", 2000: "config_ade.json"}
 SOURCE = (
     'published: by the DKD project, "Decomposed Knowledge Distillation for Class-Incremental Semantic '
     'Segmentation", NeurIPS 2022, overlap setting; hIoU and mean IoU of all classes'
@@ -68,10 +70,14 @@ def published(task: Task, images: float | None) -> dict[str, tuple[float, float]
 
     images: number of images that the results to compare with were validated on, None if it varies or
     is not known.
-    Empty for other tasks and settings than those published, and for another number of images than
-    their data sets have.
+    Empty for other tasks and settings than those published, for another number of images than their
+    data sets have, and for other classes or the same in another order.
     """
-    return PUBLISHED.get(images, {}).get(task.name, {}) if task.setting == "overlap" else {}
+    found = PUBLISHED.get(images, {}).get(task.name, {}) if task.setting == "overlap" else {}
+    if not found:
+        return {}
+    classes = load_config(CONFIGS / ORDERS[images])[0].data.dataset.classes
+    return found if task.class_names(len(task.steps) - 1)[1:] == [*classes] else {}
 
 
 def val_images(folder: Path) -> int | None:

@@ -41,7 +41,7 @@ from data_loader.data_loaders import cores
 from data_loader.tasks import Task, get_task
 from scripts.results import keep_former, row, write_results
 from scripts.status import duration
-from trainer.output import has_results, is_finished, other_data
+from trainer.output import has_results, is_finished, trained_otherwise
 from utils.checkpoint import final_checkpoint, locked
 from utils.config import Parser, load_json
 from utils.errors import UserError
@@ -135,6 +135,13 @@ def plan(experiment: dict, save_dir: str) -> tuple[list[Sequence], list[Sequence
         if experiment["joint"]:
             step = _step(experiment, save_dir, "joint", seed, "joint", 0, experiment["joint"])
             others.append(Sequence("joint", task, seed, [step]))
+    tested = {str(c.data.test.args): s.method for s in [*bases, *others] for _, c in s.steps}
+    if len(tested) > 1:
+        names = " and ".join([*tested.values()][:2])
+        raise UserError(
+            f"{names} would be tested in different ways, so that their results could not be compared: "
+            "give --crop_size and --eval_crop in the flags of all steps"
+        )
     return bases, others
 
 
@@ -240,6 +247,7 @@ class Runner:
         self.logs.mkdir(exist_ok=True)
         self.calls: list[Call] = []
         self.failed: set[Sequence] = set()
+        self.warned_of: set[str] = set()
         self.interrupted = False
         self.live = sys.stdout.isatty()
         self.shown, self.shown_at = "", time.monotonic()
@@ -252,9 +260,10 @@ class Runner:
         self._look([*self.bases, *self.others])
         for sequence in [*self.bases, *self.others]:
             for _, config in [step for step in sequence.steps if step not in sequence.left]:
-                if root := other_data(config):
-                    asked = f"not on {config.data.data_root}, which is asked for now"
-                    self.say(f"other data  {config.step_dir()} was trained on {root}, {asked}")
+                for how in trained_otherwise(config):
+                    self.say(
+                        f"otherwise   {config.step_dir()} was trained {how}, which is asked for now"
+                    )
         results()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
@@ -346,8 +355,18 @@ class Runner:
             error = f"step {call.step} ended without results in {folder}: the call must last as long as"
             self._fail(call.sequence, f"{error} the training, and see the same files ({call.log})")
         else:
-            call.sequence.left.pop(0)
+            _, config = call.sequence.left.pop(0)
             self.say(f"finished    {call.sequence.title}, step {call.step}")
+            self._pass_on_warnings(f"{call.sequence.title}, step {call.step}", config)
+
+    def _pass_on_warnings(self, title, config):
+        """Say what a step's log warns of, unless another step's has done so before."""
+        log = config.step_dir(kind="log") / "log.txt"
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        for text in filter(None, (line.partition(" WARNING ")[2] for line in lines)):
+            if text not in self.warned_of:
+                self.say(f"warning     {title}: {text}")
+                self.warned_of.add(text)
 
     def _fail(self, sequence, error):
         self.failed.add(sequence)

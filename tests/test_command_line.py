@@ -71,8 +71,10 @@ class TestTrainAndEvaluate:
         output = tmp_path / "zero.json"
         result = command("eval_voc.py", "-r", trained / CHECKPOINT, "--output", output, "--score", 0)
         assert result.returncode == 0, result.stderr
-        accuracy = json.loads(output.read_text())["Pixel_Accuracy_Class"]["by_class"]
+        found = json.loads(output.read_text())
+        accuracy = found["Pixel_Accuracy_Class"]["by_class"]
         assert accuracy["background"] == 0 and max(accuracy.values()) > 0
+        assert found["score"] == 0 and "score       0, which a prediction asked for" in result.stdout
 
     def test_a_file_of_the_familys_layout_is_evaluated(self, trained, voc_root, tmp_path, command):
         """With what its trainers keep beside the weights if that is data; objects are refused."""
@@ -140,10 +142,12 @@ class TestTrainAndEvaluate:
         assert f"{own_step} is not finished: {CHECKPOINT} is the latest" in result.stdout
         config = json.loads((own_step / "config.json").read_text())
         config["data_loader"]["args"]["test"]["args"] |= {"masking_value": 255}
+        config["data_loader"]["args"]["dataset"] |= {"zero": "void"}
         (tmp_path / "config.json").write_text(json.dumps(config))
         config_flags = ("-c", tmp_path / "config.json", "--save_dir", tmp_path)
         result = command("train_voc.py", *config_flags, "--test")
-        words = "was trained with other settings (data_loader.args.test.args.masking_value)"
+        keys = [f"data_loader.args.{key}" for key in ("dataset.zero", "test.args.masking_value")]
+        words = f"was trained with other settings ({', '.join(keys)})"
         assert f"{own_step / CHECKPOINT} {words}" in result.stdout
 
     def test_the_results_of_a_step_are_no_place_for_others(self, own_step, tmp_path, command):
@@ -545,7 +549,8 @@ class TestConfigurationFile:
         assert result.returncode == 0, result.stderr
         (line,) = [line for line in result.stdout.splitlines() if "ignored keys" in line]
         dkd = [f"hyperparameter.dkd_{part} (of --method dkd)" for part in ("pos", "neg")]
-        keys = ", ".join(["test", *dkd, "hyperparameter.fc", "hyperparameter.fs"])
+        others = [f"hyperparameter.{name}" for name in ("fc", "fs", "loss_lovasz")]
+        keys = ", ".join(["test", *dkd, *others])
         assert line.endswith(f": {keys}")
 
     @pytest.mark.parametrize(

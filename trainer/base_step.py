@@ -2,11 +2,13 @@
 
 import torch
 
+from data_loader.dataset import MEAN, STD
 from models.backbones import imagenet_weights
 from models.losses import auxiliary_sum, bce_sum, sum_over_images
 from trainer.base import Batch, Trainer
 from trainer.setup import trainable
 from utils.distributed import first_process_first
+from utils.logging import log
 
 
 class BaseStep(Trainer):
@@ -23,6 +25,12 @@ class BaseStep(Trainer):
             return
         weights = first_process_first(lambda: imagenet_weights(args.backbone, file))
         self.model.backbone.load_state_dict(weights)
+        normalised = getattr(self.model.backbone, "normalised", (MEAN, STD))
+        if normalised != (MEAN, STD):
+            log.warning(
+                f"the weights of {args.backbone} were trained on images with mean {normalised[0]} and "
+                f"std {normalised[1]}; here all images are normalised with ImageNet's, {MEAN} and {STD}"
+            )
 
     def parameter_groups(self) -> list[dict]:
         """Backbone at the learning rate, ASPP and classifiers at ten times that."""

@@ -1,6 +1,6 @@
 """Evaluation: one confusion matrix, each image counted once, in float32."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -59,17 +59,23 @@ def confusion_matrix(
 
 
 def evaluate(
-    model: nn.Module, data: StepData, split: str, device: torch.device, score: float = 0.5
+    model: nn.Module,
+    data: StepData,
+    split: str,
+    device: torch.device,
+    score: float = 0.5,
+    untrained: Sequence[str] | None = None,
 ) -> dict:
     """Metrics of a split (utils.metrics.compute_metrics), equal in every process.
 
     Beside the IoU, `without_images` lists the classes with an IoU of 0 that no training image, or no
     pixel of the split, shows: no error of the model. The means count them.
+    untrained: names of the former; None for what the training list of the data has.
     """
     counts = confusion_matrix(model, data, split, device, score)
     metrics = compute_metrics(counts, data.class_names, *data.groups)
     iou = metrics["Mean_Intersection_over_Union"]
-    untrained = data.never_shown()
+    untrained = data.never_shown() if untrained is None else untrained
     lacking = [
         name
         for (name, value), pixels in zip(iou["by_class"].items(), counts.sum(axis=1), strict=True)

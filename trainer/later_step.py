@@ -17,6 +17,12 @@ class LaterStep(Trainer):
 
     def initialize(self, fresh: bool) -> None:
         """The teacher is the model of step t-1; the student starts from it, with a new classifier."""
+        if not self.config.arch.args.freeze_all_bn:
+            log.warning(
+                f"batch normalisation is trained in this step (learning rate "
+                f"{self.config.optimizer.args.lr:g}): from step 1 on the method freezes it and has a "
+                "tenth of the learning rate of step 0 (--freeze_bn, --lr)"
+            )
         backbone, before = self.config.arch.args.backbone, self.data.step - 1
         self.teacher, checkpoint = read_model(self.previous, self.data, backbone, before)
         self.before = checkpoint.get("made_from") or {}

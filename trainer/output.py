@@ -93,14 +93,9 @@ def is_finished(
     changed = differences(load_config(folder / "config.json")[0], config)
     made = read_record(folder)
     batch, processes = made.get("batch"), processes or made.get("processes")
-    bs, accumulate = config.data.train.batch_size, config.trainer.accumulate
-    asked = processes and processes * bs
-    each = bs // min(accumulate, bs)
-    other = (made.get("bs"), made.get("accumulate")) != (bs, accumulate)
+    asked = processes and processes * config.data.train.batch_size
     if asked and batch not in (None, asked):
         changed.append(f"a batch of {batch} images, not {asked}, over all processes")
-    elif other and made.get("bn_batch") not in (None, each, each * (processes or 1)):
-        changed.append(f"batch normalisation over {made['bn_batch']} images, not {each}")
     if changed:
         raise UserError(
             f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
@@ -117,14 +112,23 @@ def is_finished(
     return True
 
 
-def other_data(config: Config) -> str | None:
-    """The data root that a finished step was trained on, where it is another than asked for now.
+def trained_otherwise(config: Config, processes: int | None = None) -> list[str]:
+    """How a finished step was trained otherwise than asked for now, though it counts as the same.
 
-    That makes no other experiment, since folders move, but what is in them may be something else.
-    Relative ones are taken from the present folder.
+    On another data root, since folders move, but what is in them may be something else; relative ones
+    are taken from the present folder. With batch normalisation over other images, since a batch may be
+    shared by other GPUs now; processes as in is_finished.
     """
-    root = load_config(config.step_dir() / "config.json")[0].data.data_root
-    return None if Path(root).resolve() == Path(config.data.data_root).resolve() else root
+    folder, found = config.step_dir(), []
+    root, made = load_config(folder / "config.json")[0].data.data_root, read_record(folder)
+    if Path(root).resolve() != Path(config.data.data_root).resolve():
+        found.append(f"on {root}, not on {config.data.data_root}")
+    bs, accumulate = config.data.train.batch_size, config.trainer.accumulate
+    each, processes = bs // min(accumulate, bs), processes or made.get("processes") or 1
+    other = (made.get("bs"), made.get("accumulate")) != (bs, accumulate)
+    if other and made.get("bn_batch") not in (None, each, each * processes):
+        found.append(f"with batch normalisation over {made['bn_batch']} images, not {each}")
+    return found
 
 
 def read_results(folder: Path) -> dict | None:

@@ -8,6 +8,7 @@ import torch
 
 from configs.options import EVALUATED, Config, EvalCall, TrainCall, load_config
 from data_loader.data_loaders import StepData
+from data_loader.data_root import SPLITS
 from data_loader.memory import beside
 from trainer import output
 from trainer.base_step import BaseStep
@@ -38,8 +39,8 @@ def train(config: Config, call: TrainCall) -> None:
     if not call.overwrite and output.is_finished(config, world_size(), previous=call.prev_checkpoint):
         if rank() == 0:
             print(f"{folder} is finished already: nothing to do (--overwrite trains it anew)")
-            if root := output.other_data(config):
-                print(f"it was trained on {root}, not on {config.data.data_root}")
+            for how in output.trained_otherwise(config, world_size()):
+                print(f"it was trained {how}")
         return
     if config.world_size > world_size() == 1:
         raise UserError(
@@ -92,6 +93,9 @@ def evaluate_checkpoint(config: Config, call: EvalCall) -> None:
     _start_log(config, call, None)
     _say_how_it_was_trained(config, Path(call.resume))
     metrics = _evaluate(config, Path(call.resume), call.score)
+    if call.score != 0.5:
+        log.info(f"score       {call.score:g}, which a prediction asked for in place of 0.5")
+        metrics["score"] = call.score
     if call.output and rank() == 0:
         write_json(Path(call.output), metrics)
         log.info(f"\nmetrics     {call.output}")
@@ -112,9 +116,18 @@ def _check_output(path):
 def _evaluate(config, path, score=0.5):
     data = StepData(config)
     data.describe()
-    model, _ = output.read_model(path, data, config.arch.args.backbone, data.step)
+    model, content = output.read_model(path, data, config.arch.args.backbone, data.step)
     model.to(device(), memory_format=torch.channels_last)
-    metrics = evaluate(model, data, "test", device(), score)
+    found = {split: data.digest(split) for split in SPLITS}
+    known = found | content.get("made_from", {})
+    if known["val"] != found["val"]:
+        log.warning(
+            f"the validation list or its labels are not those of the training of {path}: these results "
+            "are none to compare with its own"
+        )
+    # which classes were never shown is told by the training images, if they are the same ones
+    untrained = data.never_shown() if known["train"] == found["train"] else []
+    metrics = evaluate(model, data, "test", device(), score, untrained)
     log.info(format_table(metrics, *data.groups))
     log.info(f"\ncheckpoint  {path}")
     return metrics

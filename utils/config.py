@@ -197,9 +197,9 @@ def read_json(cls: type[T], path: str | Path, accepted: dict[str, tuple | None])
     """A configuration of class `cls` from a JSON file, checked key by key.
 
     accepted: path -> values, for keys that are no options. With None any value is accepted, and the key
-    is ignored; else one of those values must stand there. A key of an option may stand in `accepted`
-    too: the option is read, and the path is among the ignored ones, from which the caller takes it
-    where the option has an effect.
+    is ignored; else one of those values must stand there, and 0 or false is ignored too. A key of an
+    option may stand in `accepted` too: the option is read, and the path is among the ignored ones, from
+    which the caller takes it where the option has an effect.
     Returns the configuration and the paths that were ignored.
     Raises UserError for a missing or malformed file, unknown keys, wrong types, values not allowed.
     """
@@ -232,6 +232,8 @@ def _read_object(config, data, where, known, accepted, ignored):
         elif value not in accepted[path]:
             allowed = json.dumps(accepted[path][0])
             raise UserError(f"{path} is {json.dumps(value)}; allowed: {allowed}, or leave it out")
+        elif value == 0:
+            ignored.append(path)
 
 
 def _nearest(key, where, known):

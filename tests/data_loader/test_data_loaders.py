@@ -108,12 +108,16 @@ def test_doubtful_validation_labels_are_in_the_log(own_root, tmp_path, monkeypat
 
     used, other = own_root / "SegmentationClassAug", own_root / "SegmentationClass"
     shutil.copytree(used, other)
-    expected = ("info", "labels of the validation images: SegmentationClassAug (20)")
-    assert described() == [expected]
+    counts = {"training": 60, "validation": 20}
+    expected = [
+        ("info", f"labels of the {name} images: SegmentationClassAug ({count})")
+        for name, count in counts.items()
+    ]
+    assert described() == expected
     name = sorted(path.stem for path in other.glob("2008*"))[3]
     label = np.array(Image.open(other / f"{name}.png"))
     Image.fromarray(np.zeros_like(label)).save(other / f"{name}.png")
-    first, (level, warning) = described()
+    *first, (level, warning) = described()
     assert first == expected and level == "warning"
     assert "1 validation images have labels with other classes" in warning
     assert f"{name} first: {used} is used" in warning

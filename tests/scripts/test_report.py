@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from configs.options import Config
+from configs.options import Config, load_config
 from data_loader.tasks import get_task
 from scripts import results
 from scripts.report import class_iou_figure, forgetting_figure, main, mean_iou_figure
-from scripts.results import read_comparisons
+from scripts.results import published, read_comparisons
 from tests.helpers import CLASS_NAMES, PROJECT, code_of, error_line, run_script
 from utils.checkpoint import content_digest, json_digest, save_checkpoint, write_json
 from utils.metrics import METRICS
@@ -203,6 +203,16 @@ class TestPublished:
     def test_it_is_left_out_elsewhere(self, tmp_path, capsys, cells):
         write(tmp_path, make_run(**cells))
         assert "published" not in report(tmp_path, capsys)
+
+    @pytest.mark.parametrize(
+        ("name", "images", "file"), [("15-5", 1449, "voc"), ("100-50", 2000, "ade")]
+    )
+    def test_it_is_of_one_order_of_the_classes(self, name, images, file):
+        config = load_config(PROJECT / f"configs/config_{file}.json")[0]
+        classes = config.data.dataset.classes
+        assert "DKD" in published(get_task(name, "overlap", classes), images)
+        other = dict(reversed(classes.items()))
+        assert published(get_task(name, "overlap", other), images) == {}
 
     def test_one_run_on_other_images_leaves_it_out(self, tmp_path, capsys):
         own = make_run("own", task="19-1", val_images=150)

@@ -351,11 +351,17 @@ class TestFailures:
     def test_finished_steps_of_another_data_root_are_named(self, place, tmp_path):
         os.symlink(place.root, tmp_path / "moved")
         moved = Place(tmp_path, tmp_path / "moved")
-        assert not lines_of(call(moved).stdout, "other data")
+        assert not lines_of(call(moved).stdout, "otherwise")
         moved = Place(tmp_path, tmp_path / "other")
-        lines = lines_of(call(moved).stdout, "other data")
+        lines = lines_of(call(moved).stdout, "otherwise")
         assert len(lines) == 3 and all(f"was trained on {place.root}, not on" in line for line in lines)
         assert len(place.rows()) == 4
+
+    def test_what_a_step_warns_of_is_said_once(self, place):
+        place.write(methods={"one": "--warmup 1000", "two": "--warmup 1000"})
+        lines = lines_of(call(place, launcher=PYTHON).stdout, "warning")
+        (line,) = [line for line in lines if "the learning rate never reaches its value" in line]
+        assert re.match(r"warning     10-10 (one|two), seed 1, step 1: ", line)
 
     def test_a_finished_step_with_another_batch_is_named(self, place):
         place.write(methods={**METHODS, "EIR": "--bs 3"})
@@ -558,6 +564,20 @@ def test_the_experiments_that_are_here_can_be_run(path, tmp_path):
     assert len(bases) == tasks * (1 + has_dkd)
     assert len(others) == tasks * (len(experiment["methods"]) + bool(experiment["joint"]))
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"methods": {**METHODS, "whole": "--eval_crop off"}},
+        {"later": "--crop_size 64"},
+        {"joint": "--crop_size 64"},
+    ],
+)
+def test_methods_that_are_tested_in_different_ways_are_refused(fresh, changes):
+    fresh.write(**changes)
+    assert "would be tested in different ways" in error_line(call(fresh))
+    assert not fresh.saved.exists()
 
 
 def test_methods_of_another_training_share_a_step_0_of_their_own(fresh, tmp_path):

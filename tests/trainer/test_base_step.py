@@ -156,6 +156,22 @@ class TestInitialisation:
         BaseStep(config, StepData(config))
         assert len(calls) == 1
 
+    def test_weights_of_other_normalised_images_are_named(
+        self, voc_root, tmp_path, monkeypatch, caplog
+    ):
+        own = DeepLabV3([5], "tiny").backbone.state_dict()
+        monkeypatch.setattr(base_step, "imagenet_weights", lambda *_: own)
+        monkeypatch.setattr(base_step.log, "propagate", True)
+        config = small_config(voc_root, tmp_path, backbone_weights="some.pth")
+        data = StepData(config)
+        with caplog.at_level("WARNING", "eir"):
+            BaseStep(config, data)
+            assert caplog.text == ""
+            other = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+            monkeypatch.setattr(torch.nn.Sequential, "normalised", other, raising=False)
+            BaseStep(config, data)
+        assert "were trained on images with mean (0.5, 0.5, 0.5)" in caplog.text
+
     def test_the_seed_decides_the_starting_weights(self, step_0):
         first, again, other = (step_0(seed=seed).model.state_dict() for seed in (1, 1, 2))
         assert_same(first, again)
@@ -203,13 +219,15 @@ class TestSameWeights:
 
 
 class TestCheckpoints:
-    def test_a_finished_step_with_other_micro_batches_is_another(self, voc_root, tmp_path):
+    def test_a_finished_step_with_other_micro_batches_is_named(self, voc_root, tmp_path, capsys):
+        """And not refused: a batch may be shared by other GPUs at the next step."""
         config = small_config(voc_root, tmp_path, epochs=1)
         run(config)
         run(config)
+        assert "it was trained" not in capsys.readouterr().out
         config.trainer.accumulate = 2
-        with pytest.raises(UserError, match="batch normalisation over 4 images, not 2"):
-            run(config)
+        run(config)
+        assert "trained with batch normalisation over 4 images, not 2" in capsys.readouterr().out
 
     def test_save_period_keeps_more(self, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path, epochs=3, trainer__save_period=2)
