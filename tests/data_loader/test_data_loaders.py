@@ -82,16 +82,19 @@ def test_splits_and_labels_equal_a_reading_of_the_label_maps(voc_root, tmp_path,
                 assert np.array_equal(dataset.load(i)[1].numpy(), label)
 
 
-def test_hidden_classes_can_be_void(voc_root, tmp_path):
-    config = small_config(voc_root, tmp_path, data_loader__args__train__args__masking_value=255)
-    training = StepData(config).training()
-    hidden = 0
-    for i in range(len(training)):
-        raw = np.array(Image.open(training.labels[i]))
-        label = training.load(i)[1].numpy()
-        assert np.array_equal(label == 255, raw > 5)
-        hidden += int(((raw > 5) & (raw < 255)).sum())
-    assert hidden
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_hidden_classes_can_be_void(voc_root, tmp_path, split):
+    """In the split whose masking_value says so, and in no other one."""
+    changes = {f"data_loader__args__{split}__args__masking_value": 255}
+    data = StepData(small_config(voc_root, tmp_path, **changes))
+    for name, images in (("train", data.training()), ("test", data.evaluation("test")[0])):
+        hidden = 0
+        for i in range(len(images)):
+            raw = np.array(Image.open(images.labels[i]))
+            void = raw > 5 if name == split else raw == 255
+            assert np.array_equal(images.load(i)[1].numpy() == 255, void)
+            hidden += int(((raw > 5) & (raw < 255)).sum())
+        assert hidden
 
 
 def test_doubtful_validation_labels_are_in_the_log(own_root, tmp_path, monkeypatch):

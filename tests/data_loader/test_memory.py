@@ -280,9 +280,11 @@ class TestStore:
             generator = np.random.default_rng((5, len(classes)))
             lists = balanced_draw([shown for _, shown in candidates], classes, 9, generator)
             previous = tmp_path / str(step)
-            entries = [(e.id, tuple(e.classes)) for e in read_manifest(previous)["entries"]]
+            stored = read_manifest(previous)["entries"]
+            entries = [(e.id, tuple(e.classes)) for e in stored]
             drawn = [candidates[i] for picks in lists.values() for i in picks]
             assert drawn == entries
+            assert [e.drawn_for for e in stored] == [c for c, picks in lists.items() for _ in picks]
 
     @pytest.mark.parametrize("harm", ["pixel", "label", "missing"])
     def test_a_damaged_store_says_so(self, voc_root, tmp_path, harm):

@@ -236,6 +236,8 @@ class TestFigures:
         [comparison] = read_comparisons(two_seeds / "results.csv")
         eir, joint = mean_iou_figure(comparison).axes[0].get_lines()
         assert eir.get_label() == "EIR" and np.allclose(eir.get_ydata(), [77, 50, 50.02])
+        band = mean_iou_figure(comparison).axes[0].collections[0].get_paths()[0].vertices
+        assert np.allclose(np.unique(band[band[:, 0] == 0, 1]), [77 - 18**0.5, 77 + 18**0.5])
         assert joint.get_label() == "joint" and joint.get_linestyle() == "--"
         assert np.allclose(joint.get_ydata(), 82)
 

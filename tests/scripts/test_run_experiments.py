@@ -23,7 +23,14 @@ import torch
 from configs.options import load_config
 from data_loader.tasks import get_task
 from scripts import run_experiments
-from scripts.results import COLUMNS, group_means, read_comparisons, row, write_results
+from scripts.results import (
+    COLUMNS,
+    group_means,
+    keep_former,
+    read_comparisons,
+    row,
+    write_results,
+)
 from scripts.run_experiments import main, make_places, plan, read_experiment
 from tests.helpers import CLASS_NAMES, PROJECT, code_of, error_line, small_config, snapshot
 from utils.checkpoint import (
@@ -316,6 +323,13 @@ class TestFailures:
         (folder / "results.csv").write_bytes(b"\xff")
         assert "results_until_3.csv" in call(place).stdout
         assert (folder / "results_until_3.csv").read_bytes() == b"\xff"
+
+    def test_a_table_of_another_setting_is_kept(self, tmp_path):
+        path = tmp_path / "results.csv"
+        row = {"method": "EIR", "task": "5-3", "setting": "overlap", "seed": 1, "step": 0}
+        write_results(path, [row])
+        assert keep_former(path, [row]) is None
+        assert keep_former(path, [{**row, "setting": "disjoint"}]) == tmp_path / "results_until_1.csv"
 
     def test_a_launcher_that_returns_before_its_training(self, fresh):
         result = call(fresh, launcher="true")

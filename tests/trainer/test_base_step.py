@@ -11,7 +11,7 @@ from models.deeplabv3 import DeepLabV3
 from scripts.plain import plain_auxiliary, plain_bce
 from tests.helpers import small_config, snapshot
 from tests.trainer.steps import assert_same, assert_same_step, raw_batch, run, silent_meter
-from trainer import base, base_step, output
+from trainer import base, base_step, output, setup
 from trainer.base_step import BaseStep
 from trainer.setup import precision
 from trainer.validation import Validation
@@ -104,6 +104,42 @@ class TestLossAndOptimiser:
                     p -= lr * (gradient + 0.9 * velocity)
         for name, p in trainer.model.named_parameters():
             assert torch.allclose(p, model.get_parameter(name), rtol=1e-4, atol=1e-5), name
+
+    def test_momenta_are_there_before_the_first_step(self, step_0):
+        optimizer = step_0().optimizer
+        momenta = [
+            optimizer.state[p]["momentum_buffer"] for g in optimizer.param_groups for p in g["params"]
+        ]
+        assert len(momenta) > 20 and not any(momentum.any() for momentum in momenta)
+
+    def test_the_seed_decides_the_order_and_the_dropout_of_each_epoch_and_image(
+        self, step_0, monkeypatch
+    ):
+        monkeypatch.setattr(output, "finish", lambda trainer: None)
+        orders, masks = [], []
+        for seed in (1, 2):
+            keys = []
+            monkeypatch.setattr(
+                base, "seed_dropout", lambda model, seeds, keys=keys: keys.extend(seeds)
+            )
+            trainer = step_0(seed=seed, epochs=2)
+            assert trainer.dataset.seed == seed
+            orders.append(list(trainer.batches))
+            trainer.fit()
+            assert len({*keys}) == len(keys) == 2 * len(trainer.batches) * trainer.batches.total
+            masks.append({*keys})
+        assert orders[0] != orders[1] and not masks[0] & masks[1]
+
+    def test_no_more_micro_batches_than_images(self, step_0, warnings):
+        trainer = step_0(freeze_bn=True, bs=2, accumulate=4)
+        assert "2 micro-batches instead of 4" in warnings[-1]
+        assert [len(batch.images) for batch in trainer.to_device(raw_batch(trainer))] == [1, 1]
+
+    def test_unsynchronised_batch_normalisation_sees_the_images_of_one_process(self, monkeypatch):
+        monkeypatch.setattr(setup, "world_size", lambda: 2)
+        assert setup.bn_images(Config(), [4, 3]) == 3
+        with pytest.raises(UserError, match="cannot train on one image"):
+            setup.check_batch_size(Config(), [2, 1])
 
     def test_a_warmup_as_long_as_the_training_is_a_warning(self, step_0, warnings):
         iterations = len(step_0(epochs=1).batches)
@@ -238,6 +274,14 @@ class TestCheckpoints:
         assert final["epoch"] == 3 and final["order"] == [1, 2, 3, 4, 5]
         assert {"state_dict", "optimizer", "lr_scheduler", "scaler"} <= final.keys()
 
+    def test_an_epoch_that_is_trained_again_has_one_record(self, voc_root, tmp_path):
+        config = small_config(voc_root, tmp_path, epochs=3, trainer__save_period=1)
+        run(config)
+        (config.step_dir() / "metrics.json").unlink()
+        run(config, resume=str(config.step_dir() / "checkpoint-epoch1.pth"))
+        records = (config.step_dir(kind="log") / "metrics.jsonl").read_text().splitlines()
+        assert [json.loads(record)["epoch"] for record in records] == [1, 2, 3]
+
     def test_the_final_checkpoint_is_the_model_that_was_evaluated(self, voc_root, tmp_path):
         """Whatever numbered checkpoints a run that was gone back from has left."""
         config = small_config(voc_root, tmp_path)
@@ -291,8 +335,15 @@ class TestCheckpoints:
         assert found == [True, True, False, True] and validation.best == 1.0
         new = "max val_Mean_Intersection_over_Union_new"
         validation = Validation(small_config(voc_root, tmp_path, trainer__monitor=new, **watched))
+        found = [validation.record(metrics_of(new=value))[1] for value in (0.0, 2.0, 2.0, 2.0)]
+        assert found == [True, True, False, False] and validation.stops()
+        validation = Validation(small_config(voc_root, tmp_path, trainer__monitor=new, **watched))
         assert not any(validation.record(metrics_of(new=None))[1] for _ in range(5))
         assert not validation.stops()
+
+    def test_every_third_epoch_is_validated(self, voc_root, tmp_path):
+        validation = Validation(small_config(voc_root, tmp_path, trainer__validation_period=3))
+        assert [epoch for epoch in range(1, 10) if validation.is_due(epoch)] == [3, 6, 9]
 
     @pytest.mark.parametrize(("reset", "best"), [(False, 42.0), (True, None)])
     def test_the_best_value_is_forgotten_on_resuming_if_that_is_asked_for(

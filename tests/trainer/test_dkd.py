@@ -1,6 +1,7 @@
 """DKD: its losses by the formulas, its two kinds of step in a run, its memory, split batches."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -230,8 +231,15 @@ class TestMemory:
             trainer_of(voc_root, saved, tmp_path, 2, replay="image")
         assert asked == [2]
 
-    def test_what_the_model_sees_in_the_background(self, voc_root, saved, tmp_path, monkeypatch):
+    @pytest.mark.parametrize("backwards", [False, True], ids=["in VOC's order", "backwards"])
+    def test_what_the_model_sees_in_the_background(
+        self, voc_root, saved, tmp_path, monkeypatch, backwards
+    ):
         trainer = trainer_of(voc_root, saved, tmp_path, 2)
+        if backwards:
+            task = trainer.data.task
+            steps = tuple(tuple(21 - c for c in classes) for classes in task.steps)
+            monkeypatch.setattr(trainer.data, "task", replace(task, steps=steps))
         images, task = trainer.data.previous_training(), trainer.data.task
         assert images.ids == [
             trainer.data.lists["train"].ids[i] for i in trainer.data.select("train", 1)

@@ -96,7 +96,9 @@ def one_iteration(trainer):
     return meter.means()
 
 
-def test_other_conditions_of_the_step_before_are_named(own_root, tmp_path, step_0):
+def test_other_conditions_of_the_step_before_are_named(
+    own_root, tmp_path, step_0, warnings, monkeypatch
+):
     label = next(own_root.glob("SegmentationClassAug/2008_*.png"))
     Image.fromarray(np.zeros_like(np.array(Image.open(label)))).save(label)
     config = settings(own_root, tmp_path, crop_size=32, seed=2, bs=8, lr=0.5)
@@ -109,6 +111,9 @@ def test_other_conditions_of_the_step_before_are_named(own_root, tmp_path, step_
         "another val list, or other labels",
     ]
     assert not output.other_conditions({}, trainer.made_from)  # a checkpoint of another program
+    monkeypatch.setattr(output, "finish", lambda trainer: None)
+    trainer.fit()
+    assert any("trained under other conditions: --seed 1, now 2; " in text for text in warnings)
 
 
 def test_three_steps_one_class_each(voc_root, step_0, tmp_path):
@@ -133,9 +138,21 @@ def test_three_steps_one_class_each(voc_root, step_0, tmp_path):
         assert memory["classes"] == list(ORDER[: 14 + step])
         assert len(memory["entries"]) == 9
 
-    # a memory that a later step needs is drawn again, the same one, or not at all
+    # step 2 pastes, and has pseudo labels of, the class of step 1 too; the memory that it draws from is
+    # drawn again where it is gone
     folder = settings(voc_root, step_0.parents[3], 1).step_dir()
-    before, data = snapshot(folder / "memory"), StepData(settings(voc_root, tmp_path, 2))
+    before = snapshot(folder / "memory")
+    shutil.rmtree(folder / "memory")
+    config = settings(voc_root, tmp_path / "step_2", 2, mem_size=48, pseudo_labels="image", seed=3)
+    trainer = IncrementalStep(config, StepData(config), None, final_checkpoint(folder))
+    trainer.prepare()
+    assert snapshot(folder / "memory") == before
+    assert len(trainer.paste.bank.count) == 17 and trainer.paste.bank.count[16] > 0
+    assert trainer.dataset.pseudo.table[ORDER[15]] == 16
+    assert trainer.dataset.seed == trainer.paste.seed == 3
+
+    # a memory that a later step needs is drawn again, the same one, or not at all
+    data = StepData(settings(voc_root, tmp_path, 2))
     for gone in (folder / "memory", next(folder.glob("memory/*_label.png"))):
         (shutil.rmtree if gone.is_dir() else Path.unlink)(gone)
         output.mend_memory(data, folder)
@@ -373,6 +390,7 @@ LOSSES = [
     {"kd_mode": "none", "lambda_min": 0.5, "accumulate": 2},
     {"pseudo_thresh": 0.92, "ignore_thresh": 0.8, "replay": "image"},
     {"pseudo_thresh": 0.92, "ignore_thresh": 0.8},
+    {"pseudo_thresh": 0.92, "ignore_thresh": 0.8, "rskd_region": "all"},
 ]
 
 
@@ -741,7 +759,7 @@ class TestPseudoLabelsOfWholeImages:
         assert torch.equal(labels[given], batch.labels[given])
         assert torch.equal(labels[~given], batch.pseudo[~given]) and batch.pseudo[~given].any()
 
-    def test_what_is_there_stays_unless_the_teacher_is_another(self, trainer, monkeypatch):
+    def test_what_is_there_stays_unless_it_was_made_from_something_else(self, trainer, monkeypatch):
         one = trainer()
         folder = one.dataset.pseudo.folder
         before = snapshot(folder)
@@ -755,9 +773,13 @@ class TestPseudoLabelsOfWholeImages:
         one.prepare()
         assert written == [gone] and snapshot(folder) == before
         made_from = json.loads((folder / "made_from.json").read_text())
-        (folder / "made_from.json").write_text(json.dumps({**made_from, "teacher": "another"}))
-        one.prepare()
-        assert len(written) == len(before) and snapshot(folder) == before
+        assert made_from["train"] == one.data.digest("train")
+        assert made_from["memory"] == one.dataset.memory.digest
+        for key in ("teacher", "train", "memory", "precision", "threshold", "shorter_side"):
+            written.clear()
+            (folder / "made_from.json").write_text(json.dumps({**made_from, key: "another"}))
+            one.prepare()
+            assert len(written) == len(before) - 1 and snapshot(folder) == before
 
     def test_a_label_of_another_size_is_refused(self, trainer):
         trainer = trainer()
