@@ -97,7 +97,7 @@ class Trainer:
         self.model.to(self.device, memory_format=torch.channels_last)
         check_batch_size(config, [config.data.train.batch_size] * world_size())
         self.model = prepare_bn(self.model, config)
-        self.net = parallel(self.model, config, self.device)
+        self.net = parallel(self.model, self.device)
         self.optimizer = make_optimizer(config, self.parameter_groups())
         self.amp_dtype = precision(config, self.device)
         self.scaler = torch.amp.GradScaler(enabled=self.amp_dtype == torch.float16)

@@ -77,20 +77,12 @@ def prepare_bn(model: nn.Module, config: Config) -> nn.Module:
     return synchronise_bn(model) if _synchronised_bn(config) else model
 
 
-def parallel(model: nn.Module, config: Config, device: torch.device) -> nn.Module:
-    """The model, wrapped where there are several processes so that their gradients are averaged.
-
-    Buffers, which are those of batch normalisation, are sent to all processes before each forward pass
-    only where they could differ: where it is trained and not synchronised.
-    """
+def parallel(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model, wrapped where there are several processes so that their gradients are averaged."""
     if world_size() == 1:
         return model
-    return DistributedDataParallel(
-        model,
-        device_ids=[device.index] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=not (config.arch.args.freeze_all_bn or _synchronised_bn(config)),
-    )
+    devices = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def trainable(module: nn.Module) -> list[nn.Parameter]:

@@ -12,7 +12,6 @@ import torch
 from configs.options import Config, TrainCall
 from tests.helpers import code_of, error_line, run_script, small_config, snapshot, train_flags
 from tests.trainer.steps import KINDS, assert_same_step, confident_model
-from trainer import setup
 from trainer.run import train
 from utils.distributed import _join, free_port, launch, usable_gpus
 from utils.errors import UserError, explained
@@ -239,26 +238,6 @@ def test_gpus_that_torch_cannot_use_are_an_error_that_names_the_driver(cpu, monk
     assert usable_gpus() == 2
 
 
-@pytest.mark.parametrize(
-    ("norm", "frozen", "cuda", "sent"),
-    [
-        ("bn", False, True, True),
-        ("bn_sync", False, False, True),  # on the CPU it is plain
-        ("bn_sync", False, True, False),
-        ("bn", True, True, False),
-        ("bn_sync", True, False, False),
-    ],
-)
-def test_statistics_are_sent_only_where_they_could_differ(monkeypatch, norm, frozen, cuda, sent):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(setup, "world_size", lambda: 2)
-    monkeypatch.setattr(setup, "DistributedDataParallel", lambda model, **settings: settings)
-    config = Config()
-    config.arch.args.norm_act, config.arch.args.freeze_all_bn = norm, frozen
-    settings = setup.parallel(torch.nn.Linear(1, 1), config, torch.device("cpu"))
-    assert settings["broadcast_buffers"] is sent
-
-
 def test_several_nodes_need_the_place_of_the_first(cpu, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -347,3 +326,13 @@ def test_processes_started_by_the_program_end_with_one_line(voc_root, tmp_path):
     result = run_script("-m", "tests.trainer.spawned", *flags, "--multiprocessing_distributed")
     assert result.returncode == 2
     assert set(result.stderr.splitlines()) == {"error: no checkpoint at nowhere.pth"}
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_both_with_one_line(voc_root, tmp_path):
+    flags = train_flags(voc_root, tmp_path, bs=8, epochs=1)
+    spawned = ("-m", "tests.trainer.spawned", *flags, "--multiprocessing_distributed", "--freeze_bn")
+    result = run_script(*spawned, NOT_FINITE_IN="1")
+    (line,) = {line for line in result.stderr.splitlines() if line.startswith("error: ")}
+    assert result.returncode == 2
+    assert "not finite in step 0, epoch 1/1, iteration 1 (bce nan" in line
+    assert not list(tmp_path.rglob("*.pth"))
