@@ -362,11 +362,12 @@ class Runner:
     def _pass_on_warnings(self, title, config):
         """Say what a step's log warns of, unless another step's has done so before."""
         log = config.step_dir(kind="log") / "log.txt"
-        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
-        for text in filter(None, (line.partition(" WARNING ")[2] for line in lines)):
-            if text not in self.warned_of:
-                self.say(f"warning     {title}: {text}")
-                self.warned_of.add(text)
+        text = log.read_text("utf-8", "replace") if log.is_file() else ""
+        for line in text.splitlines():
+            warning = line.partition(" WARNING ")[2]
+            if warning and warning not in self.warned_of:
+                self.say(f"warning     {title}: {warning}")
+                self.warned_of.add(warning)
 
     def _fail(self, sequence, error):
         self.failed.add(sequence)
