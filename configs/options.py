@@ -40,6 +40,7 @@ EVALUATED = {
     "data_loader.args.test.args.masking_value",
     "data_loader.args.test.args.transform_args.crop_size",
     "data_loader.args.dataset.zero",
+    "data_loader.args.dataset.highest_id",
     "data_loader.args.dataset.val_list",
     "data_loader.args.dataset.val_images",
     "data_loader.args.dataset.val_labels",
@@ -806,7 +807,7 @@ def read_train(
     arguments: list[str], default: Path = DEFAULT_CONFIG, program: str = "train_voc.py"
 ) -> tuple[Config, TrainCall]:
     """As parse_train, but no device is selected."""
-    config, ignored = load_config(_given("--config", arguments) or default)
+    config, ignored = load_config(_given("--config", arguments, program) or default)
     call = TrainCall(ignored=ignored)
     parsed = _read(arguments, config, call, program, TRAINING)
     if call.test:
@@ -854,7 +855,7 @@ def read_eval(
     arguments: list[str], default: Path = DEFAULT_CONFIG, program: str = "eval_voc.py"
 ) -> tuple[Config, EvalCall]:
     """As parse_eval, but no device is selected."""
-    given, checkpoint = _given("--config", arguments), _given("--resume", arguments)
+    given, checkpoint = _given("--config", arguments, program), _given("--resume", arguments, program)
     wants_help = {"-h", "--help"} & set(arguments)
     if not given and not wants_help:
         if not checkpoint:
@@ -865,7 +866,7 @@ def read_eval(
             raise UserError(f"no config.json beside {checkpoint}: give the configuration with -c")
         given = Path(checkpoint).parent / "config.json"
     config, ignored = load_config(given or default)
-    if not _given("--config", arguments):  # how the training was started is not how this is
+    if not _given("--config", arguments, program):  # how the training was started is not how this is
         config.rank, config.world_size, config.dist_url = 0, 1, None
     call = EvalCall(ignored=ignored)
     parsed = _read(arguments, config, call, program, EVALUATION)
@@ -884,9 +885,9 @@ def _only_in_training(config, parsed, evaluated):
     return unused
 
 
-def _given(flag, arguments):
+def _given(flag, arguments, program):
     """The value of -c or -r, needed before the parser that shows the file's defaults exists."""
-    parser = Parser("", "")
+    parser = Parser(program, "")
     add_flags(parser, EvalCall())
     words = [word for word in arguments if word not in ("-h", "--help")]
     value = getattr(parser.parse_known_args(words)[0], flag.strip("-"), None)

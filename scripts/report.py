@@ -16,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from configs.options import load_config
+from configs.options import Config, load_config
 from data_loader.tasks import task_of
 from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
 from trainer.output import is_stale, model_before, read_results
@@ -116,13 +116,14 @@ def run_table(steps: dict[int, dict]) -> str:
 def published_lines(folder: Path, last: int) -> list[str]:
     """Lines of published results to compare a run with.
 
-    last: the latest finished step. There are none before the last step of the task, and none if the
-    run's configuration, which tells what to compare it with, is no longer there.
+    last: the latest finished step. There are none before the last step of the task, none if the
+    run's configuration, which tells what to compare it with, is no longer there, and none where the
+    test saw the images otherwise than by default.
     """
     try:
         config = load_config(folder / f"step_{last}" / "config.json")[0]
         task = task_of(config.data)
-        if last != len(task.steps) - 1:
+        if last != len(task.steps) - 1 or config.data.test.args != Config().data.test.args:
             return []
         found = published(task, val_images(folder / f"step_{last}"))
     except (UserError, OSError):

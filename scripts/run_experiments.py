@@ -92,8 +92,13 @@ def read_experiment(path: Path) -> dict:
     """The experiment's JSON object; UserError for unknown or missing keys and wrong types."""
     content = load_json(path)
     if not isinstance(content, dict) or set(content) != set(KEYS):
-        keys = ", ".join(KEYS)
-        raise UserError(f"{path} must be a JSON object with these keys and no other: {keys}")
+        given = content if isinstance(content, dict) else ()
+        lacking = ", ".join(key for key in KEYS if key not in given) or "none"
+        unknown = ", ".join(key for key in given if key not in KEYS) or "none"
+        raise UserError(
+            f"{path} must be a JSON object with these keys and no other: {', '.join(KEYS)}; lacking: "
+            f"{lacking}; unknown: {unknown}"
+        )
     for key, value in content.items():
         kind, item = SEVERAL.get(key, (str, str))
         items = value.values() if isinstance(value, dict) else value
@@ -187,7 +192,8 @@ def _split(flags):
 class Call:
     """A call of train_voc.py for a step of a sequence, and how far it is.
 
-    place: as Runner has it. log: what the call prints, from byte `begin` on.
+    place: as Runner has it. log: what the call prints, from byte `begin` on. warned: the size of the
+    step's own log before the call.
     done: part of the training, 0 to 1. first: when it was first seen training, and done then.
     """
 
@@ -196,6 +202,7 @@ class Call:
     place: str | None
     log: Path
     begin: int
+    warned: int
     process: subprocess.Popen
     done: float = 0.0
     first: tuple[float, float] | None = None
@@ -328,6 +335,8 @@ class Runner:
         elif at_a_time > 1:
             environment.setdefault("OMP_NUM_THREADS", str(max(1, cores() // at_a_time)))
         log = self.logs / f"{config.step_dir().parent.name}_{config.task.step}.txt"
+        own = config.step_dir(kind="log") / "log.txt"
+        warned = own.stat().st_size if own.is_file() else 0
         try:
             with open(log, "ab") as file:
                 begin = file.tell()
@@ -342,7 +351,7 @@ class Runner:
         except OSError as error:
             raise UserError(f"cannot start {command[0]}: {error}") from None
         self.say(f"started     {sequence.title}, step {config.task.step}: {log}")
-        return Call(sequence, config.task.step, place, log, begin, process)
+        return Call(sequence, config.task.step, place, log, begin, warned, process)
 
     def _end(self, call):
         """Say how a call has ended."""
@@ -357,13 +366,13 @@ class Runner:
         else:
             _, config = call.sequence.left.pop(0)
             self.say(f"finished    {call.sequence.title}, step {call.step}")
-            self._pass_on_warnings(f"{call.sequence.title}, step {call.step}", config)
+            self._pass_on_warnings(f"{call.sequence.title}, step {call.step}", config, call.warned)
 
-    def _pass_on_warnings(self, title, config):
-        """Say what a step's log warns of, unless another step's has done so before."""
+    def _pass_on_warnings(self, title, config, begin):
+        """Say what a step's log warns of from byte `begin` on, unless another step's has done so."""
         log = config.step_dir(kind="log") / "log.txt"
-        text = log.read_text("utf-8", "replace") if log.is_file() else ""
-        for line in text.splitlines():
+        content = log.read_bytes()[begin:] if log.is_file() else b""
+        for line in content.decode("utf-8", "replace").splitlines():
             warning = line.partition(" WARNING ")[2]
             if warning and warning not in self.warned_of:
                 self.say(f"warning     {title}: {warning}")

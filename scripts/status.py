@@ -16,7 +16,6 @@ import utils.program
 from configs.options import Config, load_config
 from data_loader.tasks import task_of
 from trainer.output import has_results, is_stale, model_before, read_record, read_results
-from utils.checkpoint import content_digest, final_checkpoint
 from utils.config import Parser
 from utils.errors import UserError
 
@@ -60,17 +59,11 @@ def describe_step(config: Config, folder: Path, log_folder: Path, now: float) ->
     return f"{text}, about {duration(max(left, 0))} to go and the test"
 
 
-def foreign_starts(runs: list[Path]) -> set[str | None]:
-    """Digests of the models that the runs' step 1 started from where that was no step 0 of theirs."""
-    records = [read_record(run / "step_1") for run in runs]
-    return {made.get("previous") for made in records if made.get("own_previous") is False}
-
-
-def describe_run(run: Path, now: float, starts: set[str | None] = frozenset()) -> list[str]:
+def describe_run(run: Path, now: float) -> list[str]:
     """The lines about a run, the folder of its steps; now: seconds since the epoch.
 
-    starts: as foreign_starts has them. A run that is nothing but such a step 0 has no steps left, and
-    one that started from another run's step 0 lacks none.
+    A step 0 that the methods of an experiment share has no steps left, and a run that started from
+    another one's step 0 lacks none.
     """
     folders = {int(p.name[5:]): p for p in run.glob("step_*") if p.name[5:].isdecimal()}
     folders = {t: p for t, p in sorted(folders.items()) if (p / "config.json").is_file()}
@@ -80,10 +73,10 @@ def describe_run(run: Path, now: float, starts: set[str | None] = frozenset()) -
     steps = task_of(next(iter(configs.values())).data).steps
     logs = run.parent.parent / "log" / run.name
     expected = range(len(steps))
-    if 0 not in folders and foreign_starts([run]):
+    if 0 not in folders and read_record(run / "step_1").get("own_previous") is False:
         expected = expected[1:]
-    elif [*folders] == [0] and (model := final_checkpoint(folders[0])):
-        expected = expected[:1] if content_digest(model) in starts else expected
+    elif [*folders] == [0] and "_step0-" in run.name:  # as run_experiments.py names it
+        expected = expected[:1]
     done = sum(has_results(folder) for folder in folders.values())
     lines = [f"{run.name}: {done} of {len(expected)} steps done"]
     for t, folder in folders.items():
@@ -100,10 +93,10 @@ def main(argv: list[str] | None = None) -> int:
     runs = sorted(path for path in (save_dir / "models").glob("*") if path.is_dir())
     if not runs:
         raise UserError(f"no run in {save_dir}: give the --save_dir of train_voc.py")
-    damaged, starts = 0, foreign_starts(runs)
+    damaged = 0
     for run in runs:
         try:
-            print(*describe_run(run, time.time(), starts), sep="\n")
+            print(*describe_run(run, time.time()), sep="\n")
         except UserError as error:  # the others are of interest all the more
             damaged = 2
             print(f"{run.name}: {error}")

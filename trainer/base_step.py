@@ -28,8 +28,9 @@ class BaseStep(Trainer):
         normalised = getattr(self.model.backbone, "normalised", (MEAN, STD))
         if normalised != (MEAN, STD):
             log.warning(
-                f"the weights of {args.backbone} were trained on images with mean {normalised[0]} and "
-                f"std {normalised[1]}; here all images are normalised with ImageNet's, {MEAN} and {STD}"
+                f"timm's weights of {args.backbone} were trained on images with mean {normalised[0]} "
+                f"and std {normalised[1]}; here all images are normalised with ImageNet's, {MEAN} and "
+                f"{STD}"
             )
 
     def parameter_groups(self) -> list[dict]:

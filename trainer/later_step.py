@@ -17,15 +17,20 @@ class LaterStep(Trainer):
 
     def initialize(self, fresh: bool) -> None:
         """The teacher is the model of step t-1; the student starts from it, with a new classifier."""
-        if not self.config.arch.args.freeze_all_bn:
-            log.warning(
-                f"batch normalisation is trained in this step (learning rate "
-                f"{self.config.optimizer.args.lr:g}): from step 1 on the method freezes it and has a "
-                "tenth of the learning rate of step 0 (--freeze_bn, --lr)"
-            )
         backbone, before = self.config.arch.args.backbone, self.data.step - 1
         self.teacher, checkpoint = read_model(self.previous, self.data, backbone, before)
         self.before = checkpoint.get("made_from") or {}
+        if not self.config.arch.args.freeze_all_bn:
+            log.warning(
+                "batch normalisation is trained in this step: from step 1 on the method freezes it "
+                "(--freeze_bn)"
+            )
+        rate = self.config.optimizer.args.lr
+        if before == 0 and self.before.get("settings", {}).get("optimizer.args.lr") == rate:
+            log.warning(
+                f"the learning rate is {rate:g}, as at step 0: from step 1 on the method has a tenth "
+                "of that (--lr)"
+            )
         # whether cls.0 may be DKD's auxiliary classifier, which says nothing of the background
         self.auxiliary = checkpoint.get("format") != "eir-1" or checkpoint.get("ac", 0) != 0
         if self.config.hyperparameter.ac > 0 and not self.auxiliary:

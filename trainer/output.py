@@ -40,7 +40,7 @@ from utils.checkpoint import (
     save_checkpoint,
     write_json,
 )
-from utils.config import differences, get, options, same
+from utils.config import changes, differences, settings
 from utils.distributed import barrier, rank, world_size
 from utils.errors import UserError
 from utils.logging import log
@@ -69,6 +69,11 @@ def check_places(config: Config) -> None:
                 raise UserError(f"{place} is no folder: move it away, the step has one of that name")
 
 
+def _listed(changed):
+    """Differences by path, in words: each once, though several options have one flag."""
+    return "; ".join(dict.fromkeys(changed.values()))
+
+
 def read_record(folder: Path) -> dict:
     """What made_from.json in a step's folder says; empty where it is missing or damaged."""
     return read_json_object(folder / "made_from.json") or {}
@@ -90,15 +95,15 @@ def is_finished(
     folder = config.step_dir()
     if not has_results(folder) or not (folder / "config.json").exists():
         return False
-    changed = differences(load_config(folder / "config.json")[0], config)
-    made = read_record(folder)
+    different = differences(load_config(folder / "config.json")[0], config)
+    changed, made = [_listed(different)] if different else [], read_record(folder)
     batch, processes = made.get("batch"), processes or made.get("processes")
     asked = processes and processes * config.data.train.batch_size
     if asked and batch not in (None, asked):
         changed.append(f"a batch of {batch} images, not {asked}, over all processes")
     if changed:
         raise UserError(
-            f"{folder} holds a finished step with other settings ({', '.join(changed)}): choose "
+            f"{folder} holds a finished step with other settings ({'; '.join(changed)}): choose "
             "another --name or --save_dir, or --overwrite it"
         )
     _check_unchanged(folder)
@@ -127,7 +132,10 @@ def trained_otherwise(config: Config, processes: int | None = None) -> list[str]
     each, processes = bs // min(accumulate, bs), processes or made.get("processes") or 1
     other = (made.get("bs"), made.get("accumulate")) != (bs, accumulate)
     if other and made.get("bn_batch") not in (None, each, each * processes):
-        found.append(f"with batch normalisation over {made['bn_batch']} images, not {each}")
+        found.append(
+            f"with batch normalisation over {made['bn_batch']} images, which --bs and "
+            "--accumulate do not give now"
+        )
     return found
 
 
@@ -220,10 +228,10 @@ def _resume_from(path, folder, config):
         )
     if (path.parent / "config.json").is_file():
         changed = differences(load_config(path.parent / "config.json")[0], config)
-        changed = [key for key in changed if key != "name"]
+        changed.pop("name", None)
         if changed:
             raise UserError(
-                f"{path} was trained with other settings ({', '.join(changed)}): resume with the same "
+                f"{path} was trained with other settings ({_listed(changed)}): resume with the same "
                 "ones, or --overwrite trains anew"
             )
     return path
@@ -301,6 +309,12 @@ def make_model(content: dict, path: Path, task: Task, backbone: str, step: int) 
         raise UserError(f"{path} is damaged: its order of classes is no list")
     if order is not None and [*order] != list(task.order[: len(order)]):
         raise UserError(f"{path} learned other classes than {task.name} has there, or in another order")
+    expected = sum(len(classes) for classes in task.steps[: step + 1])
+    if order and len(order) != expected:
+        raise UserError(
+            f"{path} learned {len(order)} classes, and step {step} of {task.name} has {expected}: give "
+            "the --task_name and --task_step that it was trained with, or another file"
+        )
     arch = content.get("arch")
     if isinstance(arch, dict) and arch.get("backbone", backbone) != backbone:
         raise UserError(f"{path} has the backbone {arch['backbone']}, not {backbone}: give that one")
@@ -384,7 +398,7 @@ def made_from(trainer: "Trainer") -> dict:
     memory: digest of the memory's manifest; batch: images of an update, over all processes; bn_batch:
     images that batch normalisation takes its statistics over, None where it is frozen; processes, bs,
     accumulate: how the batch was shared; precision: of the networks; train, val: digests of the data
-    set's lists and of the classes in their labels; settings: all options that make an experiment, by
+    set's lists and of the classes in their labels; settings: the options that make an experiment, by
     their paths.
     """
     config, previous = trainer.config, trainer.previous
@@ -401,11 +415,7 @@ def made_from(trainer: "Trainer") -> dict:
         "accumulate": config.trainer.accumulate,
         "precision": str(trainer.amp_dtype),
         **{split: trainer.data.digest(split) for split in SPLITS},
-        "settings": {
-            o.path: get(config, o.path)
-            for o in options(Config)
-            if not o.metadata["incidental"] and o.path != "name"
-        },
+        "settings": {path: value for path, value in settings(config).items() if path != "name"},
     }
 
 
@@ -431,31 +441,25 @@ def other_conditions(before: dict, now: dict) -> list[str]:
 
     before, now: what the two are made from (`made_from`); empty where that is not known.
     """
-    known, found = before.get("settings", {}), {}
-    for o in options(Config):
-        if o.path.startswith(SHARED) and o.path != "data_loader.args.task.step" and o.path in known:
-            old, new = known[o.path], now["settings"][o.path]
-            name = o.metadata["flags"][0] if o.metadata["flags"] else o.path
-            short = len(f"{old}{new}") < 80
-            if not same(old, new):
-                found[name] = f"{name} {old}, now {new}" if short else f"another {name}"
+    found = changes(Config, before.get("settings", {}), now["settings"])
+    step = "data_loader.args.task.step"
+    words = [text for path, text in found.items() if path.startswith(SHARED) and path != step]
     if before.get("batch", now["batch"]) != now["batch"]:
-        found["batch"] = f"updates of {before['batch']} images, now {now['batch']}"
+        words.append(f"updates of {before['batch']} images, now {now['batch']}")
     for split in SPLITS:
         if before.get(split, now[split]) != now[split]:
-            found[split] = f"another {split} list, or other labels"
-    return [*found.values()]
+            words.append(f"another {split} list, or other labels")
+    return [*dict.fromkeys(words)]
 
 
 def restore(trainer: "Trainer", content: dict, path: Path) -> None:
     """Put a trainer where a checkpoint left it; UserError if that does not fit."""
     try:
         old, new = content.get("made_from", {}), trainer.made_from
-        before, now = old.get("settings", {}), new["settings"]
-        changed = [key for key in before if key in now and not same(before[key], now[key])]
+        changed = changes(Config, old.get("settings", {}), new["settings"])
         if changed:
             raise UserError(
-                f"{path} cannot be resumed from: it has other settings ({', '.join(changed)})"
+                f"{path} cannot be resumed from: it has other settings ({_listed(changed)})"
             )
         for key, reason in CANNOT_GO_ON.items():
             if key in old and old[key] != new[key]:
@@ -496,8 +500,8 @@ def _restore_optimizer(optimizer, state):
     if any(torch.is_tensor(value) and not value.is_floating_point() for value in stored):
         raise ValueError("a momentum has no real numbers")
     optimizer.load_state_dict(state)
-    for group, settings in zip(optimizer.param_groups, groups, strict=True):
-        group.update(settings)
+    for group, saved in zip(optimizer.param_groups, groups, strict=True):
+        group.update(saved)
     for parameter, buffers in own.items():
         found = optimizer.state[parameter].get("momentum_buffer")
         if not torch.is_tensor(found) or found.shape != parameter.shape:

@@ -127,6 +127,11 @@ def _evaluate(config, path, score=0.5):
         )
     # which classes were never shown is told by the training images, if they are the same ones
     untrained = data.never_shown() if known["train"] == found["train"] else []
+    if known["train"] != found["train"]:
+        log.warning(
+            f"the training list or its labels are not those of the training of {path}: classes that it "
+            "was shown no image of are not marked"
+        )
     metrics = evaluate(model, data, "test", device(), score, untrained)
     log.info(format_table(metrics, *data.groups))
     log.info(f"\ncheckpoint  {path}")
@@ -158,9 +163,13 @@ def _say_how_it_was_trained(config, path):
             changed = differences(load_config(trained)[0], config)
         except UserError:  # another program's, or damaged
             return
-        other = [key for key in changed if key in EVALUATED]
+        # of train and val stand there only what one flag sets together with test's
+        unread = ("data_loader.args.train.", "data_loader.args.val.")
+        other = [
+            words for key, words in changed.items() if key in EVALUATED and not key.startswith(unread)
+        ]
         if other:
             log.warning(
-                f"{path} was trained with other settings ({', '.join(other)}): an evaluation "
-                "without -c and these flags takes those"
+                f"{path} was trained with other settings ({'; '.join(other)}): an evaluation without "
+                "-c and these flags takes those"
             )

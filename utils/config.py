@@ -283,8 +283,7 @@ def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
             continue
         seen.add(told["flags"])
         default = get(config, declared.path)
-        shown = {"True": "on", "False": "off", "None": "not set"}.get(str(default), default)
-        text = f"{told['help']} (default: {shown})".replace("%", "%%")
+        text = f"{told['help']} (default: {_shown(default)})".replace("%", "%%")
         settings = {"dest": declared.path, "default": argparse.SUPPRESS, "help": text}
         if told["switch"]:
             parser.add_argument(*told["flags"], action="store_true", **settings)
@@ -293,6 +292,11 @@ def add_flags(parser: argparse.ArgumentParser, config: Any) -> None:
         metavar = "{" + ",".join(map(str, choices)) + "}" if choices else "VALUE"
         bare = {"nargs": "?", "const": ""} if told["bare"] else {}
         parser.add_argument(*told["flags"], metavar=metavar, **bare, **settings)
+
+
+def _shown(value):
+    """A value of an option as its flag takes it."""
+    return {"True": "on", "False": "off", "None": "not set"}.get(str(value), value)
 
 
 def apply_flags(config: Any, arguments: argparse.Namespace) -> None:
@@ -322,10 +326,33 @@ def same(old: Any, new: Any) -> bool:
     return old == new and (not isinstance(old, dict) or [*old] == [*new])
 
 
-def differences(old: Any, new: Any) -> list[str]:
-    """Paths of the options that differ between two configurations and make another experiment."""
-    return [
-        o.path
-        for o in options(type(new))
-        if not o.metadata["incidental"] and not same(get(old, o.path), get(new, o.path))
-    ]
+def settings(config: Any) -> dict[str, Any]:
+    """The options that make an experiment, by their paths: of those that the configuration uses."""
+    return {
+        o.path: get(config, o.path)
+        for o in options(type(config))
+        if not o.metadata["incidental"]
+        and not (o.metadata["used"] and not o.metadata["used"][0](config))
+    }
+
+
+def changes(cls: type, before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+    """How the values that both of two records of a configuration's options have differ, by path.
+
+    In words: `--crop_size 96, now 128`, the same ones for all options of a flag.
+    """
+    found = {}
+    for o in options(cls):
+        if o.path in before and o.path in now and not same(before[o.path], now[o.path]):
+            name = o.metadata["flags"][0] if o.metadata["flags"] else o.path
+            words = f"{name} {_shown(before[o.path])}, now {_shown(now[o.path])}"
+            found[o.path] = words if len(words) < 120 else f"another {name}"
+    return found
+
+
+def differences(old: Any, new: Any) -> dict[str, str]:
+    """How the options of two configurations differ that make another experiment; as in `changes`.
+
+    One that only one of them makes use of is left out: what decides about that is another option.
+    """
+    return changes(type(new), settings(old), settings(new))

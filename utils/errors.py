@@ -37,8 +37,8 @@ def explained(error: BaseException) -> UserError | None:
         return error
     if isinstance(error, KeyboardInterrupt):
         return UserError(
-            "interrupted: run the same command again; a training with --resume auto goes on after the "
-            "last finished epoch"
+            "interrupted: run the same command again; a training goes on after its last finished epoch "
+            "where --resume auto is among the flags"
         )
     missing = (getattr(error, "name", None) or "").partition(".")[0]
     if isinstance(error, ModuleNotFoundError) and missing and missing not in OWN:

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import logging.handlers
 import math
 import sys
 import time
@@ -19,23 +20,29 @@ log = logging.getLogger("eir")
 def set_up_logging(folder: Path | None, verbosity: int = 2, main_process: bool = True) -> None:
     """Log to standard output and to folder/log.txt; other processes than the first say nothing.
 
-    verbosity 0: warnings only, 1 and 2: everything (2 has progress within an epoch as well).
+    verbosity 0: warnings only, 1 and 2: everything (2 has progress within an epoch as well). What was
+    said since a call without a folder is written there too.
     """
+    kept = [
+        r for h in log.handlers if isinstance(h, logging.handlers.BufferingHandler) for r in h.buffer
+    ]
     log.handlers.clear()
     log.propagate = False
     log.setLevel(logging.WARNING if verbosity == 0 else logging.INFO)
     if not main_process:
         log.setLevel(logging.CRITICAL)
         return
-    handlers = [logging.StreamHandler(sys.stdout)]
+    handlers = [logging.StreamHandler(sys.stdout), logging.handlers.BufferingHandler(1000)]
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
     if folder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            handlers.append(_LogFile(folder / "log.txt", encoding="utf-8"))
+            handlers[1] = _LogFile(folder / "log.txt", encoding="utf-8")
         except OSError as error:
             raise UserError(f"cannot write the log in {folder}: {error.strerror}") from None
         handlers[1].setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        for record in kept:
+            handlers[1].handle(record)
     for handler in handlers:
         log.addHandler(handler)
 

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import resnet50
 
 from data_loader.data_loaders import StepData
+from data_loader.dataset import MEAN, STD
 from models import DeepLabV3, backbones, deeplabv3
 from models.backbones import imagenet_weights, make_backbone, synchronise_bn
 from models.deeplabv3 import freeze_bn
@@ -101,6 +102,7 @@ class TestTimm:
     def test_features_at_stride_16(self, timm, name, channels):
         net, found = make_backbone(name)
         assert found == channels
+        assert net.normalised == (((0.5,) * 3, (0.5,) * 3) if name == LITE else (MEAN, STD))
         assert net(torch.rand(2, 3, 64, 96)).shape == (2, channels, 4, 6)
 
     def test_the_features_are_those_of_the_dilated_network(self, timm):

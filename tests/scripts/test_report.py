@@ -372,6 +372,13 @@ class TestRun:
     def test_they_are_left_out_of_other_tasks_and_steps(self, tmp_path, capsys, last, task):
         assert "published" not in report(make_steps(tmp_path, last, 1449, **task), capsys)
 
+    def test_they_are_left_out_where_images_are_tested_whole(self, tmp_path, capsys):
+        run = make_steps(tmp_path, 1, 1449)
+        content = json.loads((run / "step_1/config.json").read_text())
+        content["data_loader"]["args"]["test"]["args"]["transform"] = False
+        (run / "step_1/config.json").write_text(json.dumps(content))
+        assert "published" not in report(run, capsys)
+
     @pytest.mark.parametrize("val_images", [20, None])
     def test_they_are_left_out_on_other_images(self, tmp_path, capsys, val_images):
         assert "published" not in report(make_steps(tmp_path, 1, val_images), capsys)

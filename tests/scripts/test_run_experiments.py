@@ -344,7 +344,7 @@ class TestFailures:
         assert result.returncode == 1 and not lines_of(result.stdout, "started")
         (line,) = result.stderr.splitlines()
         assert line.startswith("failed      10-10 EIR, seed 1: ") and "--save_dir" in line
-        assert str(place.step("EIR")) in line and "(hyperparameter.kd)" in line
+        assert str(place.step("EIR")) in line and "(--kd 5.0, now 3.0)" in line
         assert snapshot(place.saved / "models") == before
         assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
 
@@ -353,7 +353,7 @@ class TestFailures:
         result = call(place, "--methods", "image replay")
         (line,) = result.stderr.splitlines()
         assert result.returncode == 0
-        assert line.startswith("left out    10-10 EIR, seed 1: ") and "(hyperparameter.kd)" in line
+        assert line.startswith("left out    10-10 EIR, seed 1: ") and "(--kd 5.0, now 3.0)" in line
         assert [r["method"] for r in place.rows()] == ["image replay", "image replay"]
         place.write()
         (place.step("EIR") / "memory/manifest.json").write_text("{")
@@ -372,10 +372,16 @@ class TestFailures:
         assert len(place.rows()) == 4
 
     def test_what_a_step_warns_of_is_said_once(self, place):
-        place.write(methods={"one": "--warmup 1000", "two": "--warmup 1000"})
+        """And not again where a step is trained anew without it."""
+        place.write(methods={"one": "--warmup 1000", "two": "--warmup 1000"}, later="--epochs 1")
         lines = lines_of(call(place, launcher=PYTHON).stdout, "warning")
-        (line,) = [line for line in lines if "the learning rate never reaches its value" in line]
-        assert re.match(r"warning     10-10 (one|two), seed 1, step 1: ", line)
+        for words in ("the learning rate never reaches its value", "batch normalisation is trained"):
+            (line,) = [line for line in lines if words in line]
+            assert re.match(r"warning     10-10 (one|two), seed 1, step 1: ", line)
+        shutil.rmtree(place.step("one"))
+        place.write(methods={"one": ""}, later="--epochs 1 --freeze_bn")
+        lines = lines_of(call(place, launcher=PYTHON).stdout, "warning")
+        assert lines and not any("never reaches" in line or "is trained" in line for line in lines)
 
     def test_a_finished_step_with_another_batch_is_named(self, place):
         place.write(methods={**METHODS, "EIR": "--bs 3"})
@@ -407,7 +413,7 @@ class TestFailures:
         result = call(place)
         assert result.returncode == 1 and not lines_of(result.stdout, "started")
         (line,) = result.stderr.splitlines()
-        assert line.startswith("failed      10-10 step0, seed 1: ") and "(trainer.epochs)" in line
+        assert line.startswith("failed      10-10 step0, seed 1: ") and "--epochs 2, now 3" in line
         assert place.rows() == []
 
     def test_a_launcher_that_is_not_there(self, fresh):
@@ -503,7 +509,8 @@ class TestProgress:
 BAD = {
     "no JSON": (b'{"tasks": ', "is not valid JSON"),
     "a key twice": (b'{"tasks": ["5-3"], "tasks": ["15-1"]}', 'the key "tasks" stands twice'),
-    "a key too many": ({"more": 1}, "with these keys and no other: save_dir, config"),
+    "a key too many": ({"more": 1}, "lacking: none; unknown: more"),
+    "no keys": (b'{"tasks": ["5-3"], "setting": "overlap"}', "lacking: save_dir, config, seeds, flags"),
     "tasks: text": ({"tasks": "10-10"}, "tasks must be a list"),
     "tasks: unknown": ({"tasks": ["7-4"]}, "unknown task '7-4'"),
     "seeds: text": ({"seeds": ["a"]}, "seeds must be a list of integers"),

@@ -105,19 +105,17 @@ def test_a_step_0_that_another_run_has_is_missing_in_neither(step, tmp_path, cap
     for t in (0, 1, 2):
         step(t, 9, done=50.0)
     run = tmp_path / "saved/models/overlap_10-5_EIR"
-    first = tmp_path / "saved/models/overlap_10-5_step0/step_0"
+    first = tmp_path / "saved/models/overlap_10-5_step0-seed1/step_0"
     first.parent.mkdir()
     (run / "step_0").rename(first)
-    save_checkpoint(first / "checkpoint-epoch9.pth", {"epoch": 9})
-    digest = content_digest(first / "checkpoint-epoch9.pth")
-    write_json(run / "step_1/made_from.json", {"own_previous": False, "previous": digest})
+    write_json(run / "step_1/made_from.json", {"own_previous": False})
     found = lines(tmp_path, capsys)
     assert [found[0], found[3]] == [
         "overlap_10-5_EIR: 2 of 2 steps done",
-        "overlap_10-5_step0: 1 of 1 steps done",
+        "overlap_10-5_step0-seed1: 1 of 1 steps done",
     ]
     assert len(found) == 5  # with three lines of steps, and none of steps that are left
-    write_json(run / "step_1/made_from.json", {"own_previous": False, "previous": "another"})
+    first.parent.rename(run.with_name("overlap_10-5_mine"))  # some run that others start from
     assert lines(tmp_path, capsys)[-1].split() == ["left", "steps", "1,", "2"]
 
 

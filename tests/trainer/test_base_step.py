@@ -204,7 +204,7 @@ class TestInitialisation:
         other = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
         monkeypatch.setattr(torch.nn.Sequential, "normalised", other, raising=False)
         BaseStep(config, data)
-        assert "were trained on images with mean (0.5, 0.5, 0.5)" in warnings[0]
+        assert "timm's weights of tiny were trained on images with mean (0.5, 0.5, 0.5)" in warnings[0]
 
     def test_the_seed_decides_the_starting_weights(self, step_0):
         first, again, other = (step_0(seed=seed).model.state_dict() for seed in (1, 1, 2))
@@ -261,7 +261,10 @@ class TestCheckpoints:
         assert "it was trained" not in capsys.readouterr().out
         config.trainer.accumulate = 2
         run(config)
-        assert "trained with batch normalisation over 4 images, not 2" in capsys.readouterr().out
+        assert "trained with batch normalisation over 4 images, which" in capsys.readouterr().out
+        config.trainer.accumulate, config.data.train.batch_size = 1, 2
+        assert output.trained_otherwise(config, 1) != []
+        assert output.trained_otherwise(config, 2) == []  # shared by GPUs that synchronise it
 
     def test_save_period_keeps_more(self, voc_root, tmp_path):
         config = small_config(voc_root, tmp_path, epochs=3, trainer__save_period=2)

@@ -123,6 +123,7 @@ def test_three_steps_one_class_each(voc_root, step_0, tmp_path):
         folder = config.step_dir()
         text = (config.step_dir(kind="log") / "log.txt").read_text()
         assert "other conditions" not in text  # learning by --freeze_bn and a memory is by design
+        assert ("as at step 0" in text) == (step == 1)
         (record,) = (config.step_dir(kind="log") / "metrics.jsonl").read_text().splitlines()
         record = json.loads(record)
         assert all(np.isfinite(record[name]) for name in ("loss", "bce", "kd"))
@@ -257,8 +258,9 @@ class TestStart:
         """The teacher; dropout is off, and batch normalisation learns unless it is frozen."""
         monkeypatch.setattr(output, "finish", lambda trainer: None)
         trainer = step_1(freeze_bn=frozen)
-        warning = "batch normalisation is trained in this step (learning rate 0.01)"
+        warning = "batch normalisation is trained in this step: from step 1 on the method freezes it"
         assert any(warning in text for text in warnings) != frozen
+        assert any("the learning rate is 0.01, as at step 0" in text for text in warnings)
         teacher, student = state(trainer.teacher), state(trainer.model)
         kinds = {"norm": torch.nn.BatchNorm2d, "dropout": torch.nn.Dropout}
         modes = {"norm": set(), "dropout": set(), "teacher": set()}

@@ -24,6 +24,20 @@ def test_lines_go_to_standard_output_and_to_the_file(tmp_path, capsys):
     assert (tmp_path / "log" / "log.txt").read_text().endswith("INFO a line\n")
 
 
+def test_what_was_said_before_there_was_a_file_reaches_it_once(tmp_path, capsys):
+    set_up_logging(None)
+    log.info("of another run")
+    set_up_logging(None)
+    log.warning("early")
+    for line in ("a line", "another"):
+        set_up_logging(tmp_path)
+        log.info(line)
+    assert capsys.readouterr().out.splitlines() == ["of another run", "early", "a line", "another"]
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    endings = ("WARNING early", "INFO a line", "INFO another")
+    assert all(line.endswith(end) for line, end in zip(lines, endings, strict=True))
+
+
 @pytest.mark.parametrize(("verbosity", "main", "shown"), [(0, True, "warned\n"), (2, False, "")])
 def test_quiet_runs_and_other_processes(capsys, verbosity, main, shown):
     set_up_logging(None, verbosity, main)
