@@ -508,7 +508,8 @@ def check_palette(image: Image.Image, path: Path, highest_id: int) -> None:
             raise UserError(
                 f"the label {path} gives class id {value} {shown}, which in VOC's palette means "
                 f"{other}: a tool has renumbered it. Use the original file, or save it in grey if the "
-                "ids are right; a data set with a palette of its own says so in dataset.palette"
+                'ids are right; a data set with a palette of its own has "palette": "any" in its '
+                "description, data_loader.args.dataset"
             )
 
 

@@ -134,7 +134,7 @@ def store_pseudo_labels(
     todo = torch.utils.data.Subset(images, missing)
     barrier()  # no process writes before all have looked
     if missing:
-        log.info(f"pseudo labels of {len(missing)} whole images: {folder}")
+        log.info(f"making pseudo labels of {len(missing)} whole images")
     ids = np.array([0, *order], dtype=np.uint8)
     loader = make_loader(todo, EvalBatches(len(todo), 1, rank(), world_size()), workers, pin=True)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, benchmark=False):
