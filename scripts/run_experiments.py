@@ -357,7 +357,7 @@ class Runner:
         """Say how a call has ended."""
         self.calls.remove(call)
         if code := call.process.returncode:
-            last = call.log.read_text(errors="replace").strip().splitlines()[-1:]
+            last = call.log.read_text("utf-8", "replace").strip().splitlines()[-1:]
             error = f"step {call.step} ended with code {code}: {' '.join(last)} ({call.log})"
             self._fail(call.sequence, error)
         elif not has_results(folder := call.sequence.left[0][1].step_dir()):
