@@ -32,7 +32,7 @@ def set_up_logging(folder: Path | None, verbosity: int = 2, main_process: bool =
     if not main_process:
         log.setLevel(logging.CRITICAL)
         return
-    handlers = [logging.StreamHandler(sys.stdout), logging.handlers.BufferingHandler(1000)]
+    handlers = [_Output(sys.stdout), logging.handlers.BufferingHandler(1000)]
     handlers[0].setFormatter(logging.Formatter("%(message)s"))
     if folder:
         try:
@@ -45,6 +45,16 @@ def set_up_logging(folder: Path | None, verbosity: int = 2, main_process: bool =
             handlers[1].handle(record)
     for handler in handlers:
         log.addHandler(handler)
+
+
+class _Output(logging.StreamHandler):
+    """Standard output; where nobody reads it any more (`| head`), the log goes on in the file alone."""
+
+    def handleError(self, record):
+        if isinstance(sys.exc_info()[1], BrokenPipeError):
+            self.setLevel(logging.CRITICAL + 1)  # says nothing more
+        else:
+            super().handleError(record)
 
 
 class _LogFile(logging.FileHandler):

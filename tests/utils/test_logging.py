@@ -1,8 +1,10 @@
 """The log: lines, epoch records, and TensorBoard where it is installed."""
 
 import builtins
+import contextlib
 import json
 import logging
+import os
 
 import pytest
 
@@ -36,6 +38,22 @@ def test_what_was_said_before_there_was_a_file_reaches_it_once(tmp_path, capsys)
     lines = (tmp_path / "log.txt").read_text().splitlines()
     endings = ("WARNING early", "INFO a line", "INFO another")
     assert all(line.endswith(end) for line, end in zip(lines, endings, strict=True))
+
+
+def test_an_output_that_nobody_reads_any_more_is_left(tmp_path, monkeypatch, capsys):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with (
+        monkeypatch.context() as patch,
+        contextlib.suppress(BrokenPipeError),
+        os.fdopen(writer, "w") as out,
+    ):
+        patch.setattr("sys.stdout", out)
+        set_up_logging(tmp_path)
+        for line in ("a line", "another"):
+            log.info(line)
+    assert capsys.readouterr() == ("", "")
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 2
 
 
 @pytest.mark.parametrize(("verbosity", "main", "shown"), [(0, True, "warned\n"), (2, False, "")])
