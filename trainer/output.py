@@ -69,9 +69,9 @@ def check_places(config: Config) -> None:
                 raise UserError(f"{place} is no folder: move it away, the step has one of that name")
 
 
-def _listed(changed):
-    """Differences by path, in words: each once, though several options have one flag."""
-    return "; ".join(dict.fromkeys(changed.values()))
+def _said(changed):
+    """The words of differences by path: each once, though several options have one flag."""
+    return [*dict.fromkeys(changed.values())]
 
 
 def read_record(folder: Path) -> dict:
@@ -95,8 +95,8 @@ def is_finished(
     folder = config.step_dir()
     if not has_results(folder) or not (folder / "config.json").exists():
         return False
-    different = differences(load_config(folder / "config.json")[0], config)
-    changed, made = [_listed(different)] if different else [], read_record(folder)
+    changed = _said(differences(load_config(folder / "config.json")[0], config))
+    made = read_record(folder)
     batch, processes = made.get("batch"), processes or made.get("processes")
     asked = processes and processes * config.data.train.batch_size
     if asked and batch not in (None, asked):
@@ -231,8 +231,8 @@ def _resume_from(path, folder, config):
         changed.pop("name", None)
         if changed:
             raise UserError(
-                f"{path} was trained with other settings ({_listed(changed)}): resume with the same "
-                "ones, or --overwrite trains anew"
+                f"{path} was trained with other settings ({'; '.join(_said(changed))}): resume with "
+                "the same ones, or --overwrite trains anew"
             )
     return path
 
@@ -443,13 +443,13 @@ def other_conditions(before: dict, now: dict) -> list[str]:
     """
     found = changes(Config, before.get("settings", {}), now["settings"])
     step = "data_loader.args.task.step"
-    words = [text for path, text in found.items() if path.startswith(SHARED) and path != step]
+    words = _said({p: text for p, text in found.items() if p.startswith(SHARED) and p != step})
     if before.get("batch", now["batch"]) != now["batch"]:
         words.append(f"updates of {before['batch']} images, now {now['batch']}")
     for split in SPLITS:
         if before.get(split, now[split]) != now[split]:
             words.append(f"another {split} list, or other labels")
-    return [*dict.fromkeys(words)]
+    return words
 
 
 def restore(trainer: "Trainer", content: dict, path: Path) -> None:
@@ -459,7 +459,7 @@ def restore(trainer: "Trainer", content: dict, path: Path) -> None:
         changed = changes(Config, old.get("settings", {}), new["settings"])
         if changed:
             raise UserError(
-                f"{path} cannot be resumed from: it has other settings ({_listed(changed)})"
+                f"{path} cannot be resumed from: it has other settings ({'; '.join(_said(changed))})"
             )
         for key, reason in CANNOT_GO_ON.items():
             if key in old and old[key] != new[key]:

@@ -126,8 +126,10 @@ def _evaluate(config, path, score=0.5):
             "are none to compare with its own"
         )
     # which classes were never shown is told by the training images, if they are the same ones
-    untrained = data.never_shown() if known["train"] == found["train"] else []
-    if known["train"] != found["train"]:
+    untrained = []
+    if known["train"] == found["train"]:
+        untrained = data.never_shown()
+    else:
         log.warning(
             f"the training list or its labels are not those of the training of {path}: classes that it "
             "was shown no image of are not marked"
