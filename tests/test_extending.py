@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from data_loader.data_loaders import StepData
-from models.deeplabv3 import upsample_logits
+from models.deeplabv3 import predict, upsample_logits
 from tests.helpers import PROJECT, small_config
 from tests.trainer.steps import raw_batch, run, training_mode
 from trainer.base_step import BaseStep
@@ -53,3 +53,10 @@ def test_the_example_trains_and_its_loss_is_what_it_says(step, voc_root, tmp_pat
         F.binary_cross_entropy_with_logits(logits[:, c], target) for c, target in enumerate(targets)
     ]
     assert loss.item() == pytest.approx((5 * sum(means[:6]) + sum(means[6:])).item(), rel=1e-5)
+
+
+def test_a_softmax_over_logits_less_the_background_s_predicts_its_best_channel():
+    logits = torch.randn(4, 6, 9, 9)
+    best = logits.softmax(dim=1).argmax(dim=1)
+    assert (best == 0).any() and (best > 0).any()
+    assert (predict(logits - logits[:, :1]) == best).all()
