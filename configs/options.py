@@ -582,7 +582,7 @@ class Hyperparameter:
         "rskd",
         "distillation, by what the teacher's background is compared with; rskd: on pixels of a new "
         "class the student's new classes, as in the paper (see --rskd_region); plain: its background; "
-        "unbiased: its background and new classes together; none: no distillation",
+        "unbiased: its background and new classes together, as in MiB; none: no distillation",
         "--kd_mode",
         choices=("none", "plain", "unbiased", "rskd"),
         used=WITH_KD,
@@ -624,7 +624,9 @@ class TrainerSection:
         2, "0: warnings, 1: a line per epoch, 2: progress too", low=0, high=2, incidental=True
     )
     monitor: str = option(
-        "off", "'off', or 'max' or 'min' and a validated metric, with _old or _new to narrow it"
+        "off",
+        "'off', or 'max' or 'min' and a validated metric, with _old or _new to narrow it; "
+        "model_best.pth is then chosen on images of the test",
     )
     early_stop: int = option(-1, "validations without improvement before stopping, -1: off", low=-1)
     reset_best_mnt: bool = option(False, "forget the best value when resuming", incidental=True)

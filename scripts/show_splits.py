@@ -69,7 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         print(f"warning: without effect: {', '.join(call.ignored + call.unused)}", file=sys.stderr)
     config.task.step = 0  # all steps are shown
     data = StepData(config)
-    print((format_json if args.json else format_table)(data.task, read_splits(data)))
+    steps = read_splits(data)
+    print((format_json if args.json else format_table)(data.task, steps))
+    lacking = [c for step in steps for c, images in step["shown"].items() if not images]
+    if lacking:
+        names = ", ".join(data.task.named(lacking))
+        print(f"warning: no training image shows {names}: are their ids right?", file=sys.stderr)
     return 0
 
 

@@ -433,7 +433,10 @@ CANNOT_GO_ON = {
 
 # Settings that a step should share with the one before it. Others differ by design (learning rate,
 # memory), or would not fit (classes, backbone).
-SHARED = ("seed", *(f"data_loader.args.{part}." for part in ("dataset", "task", *SPLITS, "test")))
+SHARED = (
+    *("method", "seed"),
+    *(f"data_loader.args.{part}." for part in ("dataset", "task", *SPLITS, "test")),
+)
 
 
 def other_conditions(before: dict, now: dict) -> list[str]:

@@ -1,6 +1,7 @@
 """The batched paste against a plain one, its properties, and that nothing in it waits for a device."""
 
 import contextlib
+import dataclasses
 
 import numpy as np
 import pytest
@@ -132,20 +133,20 @@ class Case:
         )
 
 
-SETTINGS = st.builds(
-    PasteArgs,
-    pastes=st.integers(1, 4),
-    cell=st.sampled_from([250, 250, 250, 512, 300, 160]),
-    beta=st.sampled_from([1.0, 0.3]),
-    lambda_min=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
-    class_combination=st.sampled_from([True, True, True, False]),
-    position=st.sampled_from([True, True, True, False]),
-    fusion=st.sampled_from([True, True, False]),
-    fill_in=st.sampled_from(["best", "best", "next", "none"]),
-    max_upscale=st.sampled_from([None, None, 1.0, 0.3, 2.5]),
-    on_replay=st.sampled_from(["on", "off", "only"]),
-    augment=st.sampled_from(["crop", "crop", "stretch", "off"]),
-)
+CHOICES = {
+    "pastes": st.integers(1, 4),
+    "cell": st.sampled_from([250, 250, 250, 512, 300, 160]),
+    "beta": st.sampled_from([1.0, 0.3]),
+    "lambda_min": st.sampled_from([0.0, 0.0, 0.5, 1.0]),
+    "class_combination": st.sampled_from([True, True, True, False]),
+    "position": st.sampled_from([True, True, True, False]),
+    "fusion": st.sampled_from([True, True, False]),
+    "fill_in": st.sampled_from(["best", "best", "next", "none"]),
+    "max_upscale": st.sampled_from([None, None, 1.0, 0.3, 2.5]),
+    "on_replay": st.sampled_from(["on", "off", "only"]),
+    "augment": st.sampled_from(["crop", "crop", "stretch", "off"]),
+}
+SETTINGS = st.builds(PasteArgs, **CHOICES)
 SIDES = st.sampled_from([1, 2, 3, 7, 20, 60, 130])
 SHAPES = st.lists(
     st.tuples(SIDES, SIDES, st.sampled_from(["full", "holes", "shared"])), min_size=1, max_size=6
@@ -165,6 +166,9 @@ def examples(count):
 
 
 class TestAgainstThePlainPaste:
+    def test_no_switch_is_left_at_its_default(self):
+        assert CHOICES.keys() == {field.name for field in dataclasses.fields(PasteArgs)}
+
     @examples(250)
     @sampled(CASES)
     def test_pixels_masks_and_soft_labels_are_the_same(self, case):

@@ -80,6 +80,17 @@ def test_the_table_counts_images_of_steps_and_classes(root, capsys):
     assert f"aeroplane {aeroplanes}," in lines[3]
 
 
+def test_classes_that_no_image_shows_are_a_warning(root, tmp_path, capsys):
+    data_set = {"name": "mine", "classes": {"ape": 1, "bee": 2, "owl": 40}, "highest_id": 40}
+    config = {"data_loader": {"args": {"dataset": data_set, "task": {"name": "2-1"}}}}
+    (tmp_path / "mine.json").write_text(json.dumps(config))
+    flags = ["-c", str(tmp_path / "mine.json"), "--data_root", str(root)]
+    assert main(flags) == 0
+    out, err = capsys.readouterr()
+    assert "owl 0" in out
+    assert err == "warning: no training image shows owl: are their ids right?\n"
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

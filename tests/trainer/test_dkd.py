@@ -17,6 +17,7 @@ from tests.helpers import small_config
 from tests.no_waiting import no_waiting
 from tests.trainer.steps import raw_batch, run, silent_meter, training_mode
 from trainer import dkd
+from trainer.base_step import BaseStep
 from trainer.dkd import DKDBaseStep, DKDStep, decompose
 from trainer.incremental import IncrementalStep
 from trainer.run import STEPS
@@ -179,10 +180,7 @@ class TestRun:
         assert not new.bias.sub(auxiliary.bias).any()
         modes = {m.training for m in trainer.teacher.modules()}
         assert modes == {False} and not any(p.requires_grad for p in trainer.teacher.parameters())
-        assert {name: step.__name__ for name, (_, step) in STEPS.items()} == {
-            "eir": "IncrementalStep",
-            "dkd": "DKDStep",
-        }
+        assert STEPS["eir"] == (BaseStep, IncrementalStep) and STEPS["dkd"] == (DKDBaseStep, DKDStep)
 
     @pytest.mark.parametrize(("other", "warns"), [("dkd", False), ("eir", True)])
     def test_a_background_classifier_in_place_of_the_auxiliary_is_a_warning(

@@ -111,9 +111,13 @@ def test_other_conditions_of_the_step_before_are_named(
         "another val list, or other labels",
     ]
     assert not output.other_conditions({}, trainer.made_from)  # a checkpoint of another program
+    trainer.before["settings"]["method"] = "dkd"
+    assert "--method dkd, now eir" in output.other_conditions(trainer.before, trainer.made_from)
     monkeypatch.setattr(output, "finish", lambda trainer: None)
     trainer.fit()
-    assert any("trained under other conditions: --seed 1, now 2; " in text for text in warnings)
+    assert any(
+        "other conditions: --method dkd, now eir; --seed 1, now 2; " in text for text in warnings
+    )
 
 
 def test_three_steps_one_class_each(voc_root, step_0, tmp_path):
