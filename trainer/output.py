@@ -434,7 +434,8 @@ CANNOT_GO_ON = {
 # Settings that a step should share with the one before it. Others differ by design (learning rate,
 # memory), or would not fit (classes, backbone).
 SHARED = (
-    *("method", "seed"),
+    "method",
+    "seed",
     *(f"data_loader.args.{part}." for part in ("dataset", "task", *SPLITS, "test")),
 )
 
