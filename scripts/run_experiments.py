@@ -233,7 +233,7 @@ class Call:
 
 
 class Runner:
-    """Trains sequences, those of step 0 first, and shows where they are.
+    """Trains sequences, each from when the step 0 it starts from is there, and shows where they are.
 
     places: of the calls that run at a time; each is the GPU to see, or None for a share of the cores.
     folder: of the runs. lock: on it, a file descriptor that the calls inherit, so that the folder stays
@@ -275,9 +275,7 @@ class Runner:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._interrupt)
         try:
-            self._run_stage(self.bases, results)
-            self._look(self.others)  # again, since they are stale where a base is another model now
-            self._run_stage(self.others, results)
+            self._train(results)
         finally:
             self._stop()
         return len(self.failed)
@@ -297,17 +295,17 @@ class Runner:
         """Handle a signal: an exception from here could lose track of a process that just starts."""
         self.interrupted = True
 
-    def _run_stage(self, stage, results):
-        waiting, free = self._open(stage), list(self.places)
-        at_a_time = min(len(waiting), len(free))
-        while waiting or self.calls:
-            while waiting and free:
-                sequence = waiting.pop(0)
+    def _train(self, results):
+        free = list(self.places)
+        first, later = (min(len(free), len(s)) for s in (self._ready(), self._open(self.others)))
+        while self.calls or self._ready():
+            while free and (ready := self._ready()):
                 try:
-                    self.calls.append(self._start(sequence, free[0], at_a_time))
+                    at_a_time = later if ready[0].base else first
+                    self.calls.append(self._start(ready[0], free[0], at_a_time))
                     free.pop(0)
                 except UserError as error:
-                    self._fail(sequence, error)
+                    self._fail(ready[0], error)
             self._show()
             time.sleep(0.2)
             if self.interrupted:
@@ -315,12 +313,19 @@ class Runner:
             for call in [call for call in self.calls if call.process.poll() is not None]:
                 self._end(call)
                 free.append(call.place)
-                waiting = self._open([call.sequence]) + waiting
+                # those that start from it are stale where it is another model now
+                self._look([s for s in self.others if s.base is call.sequence])
                 results()
 
-    def _open(self, stage):
-        """The sequences with steps left that neither failed nor start from one that did."""
-        return [s for s in stage if s.left and not {s, s.base} & self.failed]
+    def _open(self, sequences):
+        """Those with steps left that neither failed nor start from one that did."""
+        return [s for s in sequences if s.left and not {s, s.base} & self.failed]
+
+    def _ready(self):
+        """The open sequences whose next step can be trained now."""
+        running = [call.sequence for call in self.calls]
+        sequences = [s for s in self._open([*self.bases, *self.others]) if s not in running]
+        return [s for s in sequences if not (s.base and s.base.left)]
 
     def _start(self, sequence, place, at_a_time):
         """The call for a sequence's next step, with its share of what so many calls share."""

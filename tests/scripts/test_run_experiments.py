@@ -461,6 +461,16 @@ class TestWhatIsRun:
         monkeypatch.setenv("OMP_NUM_THREADS", "7")
         assert threads("--jobs", 2) == ["7"] * 3
 
+    def test_no_place_is_idle_while_another_step_0_is_trained(self, fresh, fake, monkeypatch):
+        monkeypatch.setenv("SECONDS_AN_EPOCH", "0.5")
+        fresh.write(seeds=[1, 2, 3], methods={"EIR": ""})
+        lines = call(fresh, launcher=fake).stdout.splitlines()
+        begin = next(
+            i for i, line in enumerate(lines) if line.startswith("started     10-10 EIR, seed 1")
+        )
+        assert "finished    10-10 step0, seed 1, step 0" in lines[:begin]
+        assert "finished    10-10 step0, seed 3, step 0" in lines[begin:]
+
     def test_a_call_at_a_time_on_each_gpu(self, fresh, fake, monkeypatch):
         assert call(fresh, "--gpus", "1,0", launcher=fake).returncode == 0
         gpus = {name: log.split(", ")[1] for name, log in fresh.logs().items()}
