@@ -4,8 +4,10 @@ python scripts/report.py _saved_voc/models/overlap_5-3_EIR
 python scripts/report.py _saved_experiments/methods
 """
 
+import itertools
 import sys
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,6 +16,7 @@ import utils.program
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from configs.options import Config, load_config
@@ -222,23 +225,31 @@ def steps_table(comparison: Comparison) -> str:
     return markdown(rows)
 
 
-def mean_iou_figure(comparison: Comparison) -> Figure:
-    """A line per method with a band of one standard deviation; dashed what was learned at once."""
-    figure = Figure(figsize=(9.5, max(4.5, 0.27 * len(comparison.runs))), layout="constrained")
-    axes = figure.subplots()
-    axes.set_prop_cycle(STYLES)
+def draw_mean_iou(axes: Axes, comparison: Comparison, methods: Sequence[str] = ()) -> None:
+    """A line per method with a band of one standard deviation; dashed what was learned at once.
+
+    methods: whose places decide the lines' styles; by default those of the comparison.
+    """
+    styles = dict(zip(methods or comparison.incremental, itertools.cycle(STYLES), strict=False))
     for method in comparison.runs:
         values = comparison.values(method, "all")
         mean, deviation = values.mean(axis=0), values.std(axis=0, ddof=1) if len(values) > 1 else 0
         low, high = mean - deviation, mean + deviation
         if method in comparison.incremental:
-            (line,) = axes.plot(mean, label=method, markersize=5)
+            (line,) = axes.plot(mean, label=method, markersize=5, **styles[method])
             axes.fill_between(range(len(mean)), low, high, color=line.get_color(), alpha=0.15, lw=0)
         else:
             axes.axhline(mean[0], linestyle="--", color="black", label=method)
             axes.axhspan(low[0], high[0], color="black", alpha=0.1, lw=0)
     axes.set(xlabel="step", ylabel="mean IoU, %", xticks=range(comparison.last + 1))
     axes.grid(alpha=0.3)
+
+
+def mean_iou_figure(comparison: Comparison) -> Figure:
+    """The mean IoU of all methods over the steps, with a legend."""
+    figure = Figure(figsize=(9.5, max(4.5, 0.27 * len(comparison.runs))), layout="constrained")
+    axes = figure.subplots()
+    draw_mean_iou(axes, comparison)
     axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0, handlelength=3.5)
     return figure
 

@@ -1,5 +1,6 @@
 """What the documents say of the project: the tests, files and flags that they name exist."""
 
+import importlib.util
 import re
 from pathlib import Path
 
@@ -37,6 +38,17 @@ def test_scripts_and_configurations_that_it_names_exist(document):
     )
     placeholders = {name for name in named if "NAME" in name}
     assert not [name for name in sorted(named - placeholders) if not (PROJECT / name).is_file()]
+
+
+def test_the_tables_of_the_results_are_those_of_the_runs():
+    file = PROJECT / "docs/results/headline.py"
+    spec = importlib.util.spec_from_file_location("headline", file)
+    headline = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(headline)
+    sets = {name: headline.read(*runs) for name, runs in headline.SETS.items()}
+    text = (PROJECT / "docs/RESULTS.md").read_text()
+    assert headline.goals_table(sets) in text
+    assert headline.methods_table(sets) in text
 
 
 def test_the_readmes_description_of_a_data_set_is_one(tmp_path):
