@@ -19,9 +19,18 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from configs.options import Config, load_config
+from configs.options import load_config
 from data_loader.tasks import task_of
-from scripts.results import GROUPS, SOURCE, Comparison, published, read_comparisons, val_images
+from scripts.results import (
+    DEFAULT_VIEW,
+    GROUPS,
+    SOURCE,
+    Comparison,
+    published,
+    read_comparisons,
+    val_images,
+    view_of,
+)
 from trainer.output import is_stale, model_before, read_results
 from utils.config import Parser
 from utils.errors import UserError
@@ -126,7 +135,7 @@ def published_lines(folder: Path, last: int) -> list[str]:
     try:
         config = load_config(folder / f"step_{last}" / "config.json")[0]
         task = task_of(config.data)
-        if last != len(task.steps) - 1 or config.data.test.args != Config().data.test.args:
+        if last != len(task.steps) - 1 or view_of(config.data.test.args) != DEFAULT_VIEW:
             return []
         found = published(task, val_images(folder / f"step_{last}"))
     except (UserError, OSError):

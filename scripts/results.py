@@ -14,7 +14,7 @@ from statistics import mean
 
 import numpy as np
 
-from configs.options import Config
+from configs.options import Config, EvalSetArgs
 from data_loader.memory import MANIFEST, read_manifest
 from data_loader.tasks import Task, check_step, get_task
 from trainer.output import read_record, read_results
@@ -27,14 +27,15 @@ GROUPS = {"old": "old", "new": "new", "overall": "all", "harmonic": "hIoU"}
 
 # The columns of results.csv, by what their cells hold. A number that is not known is an empty cell.
 # After these stands the IoU of each class, in the learning order of the data set. without_images names
-# the classes whose 0 is no error of the model, with "; " between; files of before this column lack it.
-TEXTS = ("method", "task", "setting", "without_images")
+# the classes whose 0 is no error of the model, with "; " between; view is what the test sees of an
+# image. Files of before these two lack them.
+TEXTS = ("method", "task", "setting", "without_images", "view")
 INTEGERS = ("seed", "step")
 NUMBERS = (
     "val_images", *GROUPS.values(), "seconds", "peak_mib", "memory_entries", "memory_bytes",
     "background",
 )  # fmt: skip
-COLUMNS = (*TEXTS[:3], *INTEGERS, *NUMBERS, "without_images")
+COLUMNS = (*TEXTS[:3], *INTEGERS, *NUMBERS, *TEXTS[3:])
 
 # Published results in the setting overlap, in percent: by the number of validation images (of VOC 2012
 # and of ADE20K), task and method, the hIoU and the mean IoU of all classes after the last step. ORDERS
@@ -57,6 +58,7 @@ ORDERS = {
     1449: "ce42b86533b1c85e1fe217f2500055a7263e015f54041b27d6afb3747a2065e0",
     2000: "9bf5f612ed5c7d1d07e09c58712c7e0e074ec3e34bf52ebec063f117b2e722b1",
 }
+DEFAULT_VIEW = "centre crop 512"  # that of the published results
 SOURCE = (
     'published: by the DKD project, "Decomposed Knowledge Distillation for Class-Incremental Semantic '
     'Segmentation", NeurIPS 2022, overlap setting; hIoU and mean IoU of all classes'
@@ -86,6 +88,11 @@ def published(task: Task, images: float | None) -> dict[str, tuple[float, float]
 def val_images(folder: Path) -> int | None:
     """Number of images on the validation list of the step in a folder; None if it does not say."""
     return read_record(folder).get("val_images")
+
+
+def view_of(test: EvalSetArgs) -> str:
+    """What a test sees of an image, in words."""
+    return f"centre crop {test.transform_args.crop_size}" if test.transform else "whole"
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
@@ -123,6 +130,7 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
         "without_images": "; ".join(found.get("without_images", ())),
+        "view": view_of(config.data.test.args),
         # in the data set's order, not in the task's
         **{class_column(name): iou.get(name) for name in ("background", *config.data.dataset.classes)},
     }
@@ -190,7 +198,8 @@ class Comparison:
     runs: method -> seeds -> steps -> row. Only runs that reached the last step are here, and they have
         all steps; a method that learns all classes at once (joint) has only the last.
     unfinished: the other runs, in words.
-    val_images: number of validation images; None if it differs between rows, NaN if it is not known.
+    val_images: number of validation images, in the view of the published results; None if it differs
+        between rows or one of them has another view, or none; NaN if it is not known.
     without_images: classes whose IoU is 0 through no error of a model, since no image shows them, in
         the last step of any of the runs.
     """
@@ -263,7 +272,7 @@ def _read_rows(path):
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
-            known = (*(reader.fieldnames or ()), "without_images")
+            known = (*(reader.fieldnames or ()), *TEXTS[3:])
             missing = [column for column in COLUMNS if column not in known]
             if reader.fieldnames and missing:
                 raise UserError(f"{path} lacks the columns {', '.join(missing)}")
@@ -288,7 +297,9 @@ def _compare(task, methods):
         at_once = all(list(steps) == [total - 1] for steps in seeds.values())
         needed = [total - 1] if at_once else range(total)
         for seed, steps in seeds.items():
-            images |= {row["val_images"] for row in steps.values()}
+            images |= {
+                row["val_images"] if row["view"] == DEFAULT_VIEW else None for row in steps.values()
+            }
             if all(step in steps for step in needed):
                 runs.setdefault(method, []).append([steps[step] for step in needed])
             else:

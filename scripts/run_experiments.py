@@ -8,10 +8,10 @@ shared by all methods, but for those whose flag --method asks for another traini
 their own. Finished steps are skipped and an interrupted one is resumed: this can be stopped at any time
 and called again. LAUNCHER starts a step: "python", or torchrun with its own flags.
 
-The calls that run at a time with --jobs share the cores, and one that runs alone has them all. On a CPU
-the number of threads changes the digits, and by the end of a training the results, about as another
-seed does. OMP_NUM_THREADS, if it is set, is what each call has: with it the same results come again
-with other --jobs, or after an interruption.
+The calls that run at a time with --jobs share the cores; a step 0 that all others wait for has them
+all. On a CPU the number of threads changes the digits, and by the end of a training the results, about
+as another seed does. OMP_NUM_THREADS, if it is set, is what each call has: with it the same results
+come again with other --jobs, or after an interruption.
 
 The folder of the runs is locked against a second process, where the system has such locks.
 """
@@ -297,12 +297,16 @@ class Runner:
 
     def _train(self, results):
         free = list(self.places)
-        first, later = (min(len(free), len(s)) for s in (self._ready(), self._open(self.others)))
+        # a single step 0 that all others wait for has all the cores, else they are shared by as many
+        # calls as can run at a time
+        ready, others = self._ready(), self._open(self.others)
+        alone = ready if len(ready) == 1 else []
+        at_a_time = min(len(free), max(len(ready), len(others)))
         while self.calls or self._ready():
             while free and (ready := self._ready()):
                 try:
-                    at_a_time = later if ready[0].base else first
-                    self.calls.append(self._start(ready[0], free[0], at_a_time))
+                    sharing = 1 if ready[0] in alone else at_a_time
+                    self.calls.append(self._start(ready[0], free[0], sharing))
                     free.pop(0)
                 except UserError as error:
                     self._fail(ready[0], error)

@@ -3,7 +3,7 @@
 # resumed.
 #   bash scripts/train_voc.sh 5-3 overlap [flags of train_voc.py, for every step]
 # The settings below are the paper's; each can be set from outside, such as EPOCH=30 bash scripts/...
-# BS is per GPU: the paper's 32 are shared by those that this machine shows.
+# BS is per process: the paper's 32 are shared by the GPUs that this machine shows.
 # LAUNCHER starts a step: "python", or torchrun with its own flags, in which {step} becomes the step's
 # number, or "evaluation" (see scripts/train_voc.slurm). The report is the first node's.
 set -euo pipefail
@@ -51,6 +51,10 @@ PYTHON
 )
 { read -r steps; read -r folder; read -r visible; read -r gpus; } <<<"$plan"
 [ "$visible" = all ] || export CUDA_VISIBLE_DEVICES=$visible  # -d holds for the evaluation as well
+if [ -z "${BS:-}" ] && [ -n "${LAUNCHER:-}" ]; then
+    echo "error: LAUNCHER says how many processes there are: set BS, the images of each" >&2
+    exit 2
+fi
 if [ -z "${BS:-}" ] && [ $((32 % gpus)) -ne 0 ]; then
     echo "error: $gpus GPUs cannot share the batch of 32 evenly: set BS, the images of each" >&2
     exit 2

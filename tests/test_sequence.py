@@ -161,7 +161,7 @@ def test_the_sequence_script_stays_on_its_gpus_and_in_the_folder_of_its_caller(
     launcher.write_text(f'#!/bin/sh\necho "$1 ${{CUDA_VISIBLE_DEVICES-all}} $PWD" >>{tmp_path}/calls\n')
     launcher.chmod(0o755)
     script = [f"{PROJECT}/scripts/train_voc.sh", "10-5", "overlap", "-d", "3,1", "--save_dir", "mine"]
-    bash(script, tmp_path, LAUNCHER=str(launcher), **outside).communicate(timeout=600)
+    bash(script, tmp_path, LAUNCHER=str(launcher), BS="32", **outside).communicate(timeout=600)
     calls = [line.split() for line in (tmp_path / "calls").read_text().splitlines()]
     assert [Path(program).name for program, *_ in calls] == 3 * ["train_voc.py"] + ["eval_voc.py"]
     assert all(where == [gpus, str(tmp_path)] for _, *where in calls)

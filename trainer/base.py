@@ -177,7 +177,8 @@ class Trainer:
             records.keep_until(self.epoch)
         log.info(
             f"{len(self.dataset.images)} training images, {len(self.dataset)} samples with replay, "
-            f"{len(self.batches)} iterations an epoch, {settings.epochs} epochs"
+            f"{len(self.batches)} iterations an epoch, {settings.epochs} epochs; "
+            f"a batch of {self.batches.total} in all"
         )
         while self.epoch < settings.epochs and not self.validation.stops():
             started = time.perf_counter()

@@ -431,8 +431,8 @@ CANNOT_GO_ON = {
     "val": "the validation list or its labels have changed since; --overwrite trains this step anew",
 }
 
-# Settings that a step should share with the one before it. Others differ by design (learning rate,
-# memory), or would not fit (classes, backbone).
+# Settings that step 1 should share with step 0. Others differ by design (learning rate, memory), or
+# would not fit (classes, backbone). A step from 2 on should share them all with the one before it.
 SHARED = (
     "method",
     "seed",
@@ -445,9 +445,10 @@ def other_conditions(before: dict, now: dict) -> list[str]:
 
     before, now: what the two are made from (`made_from`); empty where that is not known.
     """
-    found = changes(Config, before.get("settings", {}), now["settings"])
-    step = "data_loader.args.task.step"
-    words = _said({p: text for p, text in found.items() if p.startswith(SHARED) and p != step})
+    former, step = before.get("settings", {}), "data_loader.args.task.step"
+    found = changes(Config, former, now["settings"])
+    shared = "" if former.get(step) else SHARED
+    words = _said({p: text for p, text in found.items() if p.startswith(shared) and p != step})
     if before.get("batch", now["batch"]) != now["batch"]:
         words.append(f"updates of {before['batch']} images, now {now['batch']}")
     for split in SPLITS:

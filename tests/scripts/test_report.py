@@ -27,7 +27,14 @@ def make_row(method, seed, step, iou=(60,), task="10-5", setting="overlap", **ce
     classes = {}
     for old_step, names in enumerate(get_task(task, setting).steps[: step + 1]):
         classes |= {CLASS_NAMES[c]: iou[min(old_step, len(iou) - 1)] for c in names}
-    defaults = {"val_images": 30, "old": 50, "all": 50, "seconds": 60, "background": 90 - 20 * step}
+    defaults = {
+        "val_images": 30,
+        "view": "centre crop 512",
+        "old": 50,
+        "all": 50,
+        "seconds": 60,
+        "background": 90 - 20 * step,
+    }
     later = {"new": 40, "hIoU": 45} if step else {}
     where = {"method": method, "task": task, "setting": setting, "seed": seed, "step": step}
     return {**where, **defaults, **later, **classes, **cells}
@@ -195,6 +202,8 @@ class TestPublished:
         "cells",
         [
             {"task": "19-1", "val_images": 1448},
+            {"task": "19-1", "val_images": 1449, "view": "whole"},
+            {"task": "19-1", "val_images": 1449, "view": ""},
             {"task": "19-1", "val_images": ""},
             {"task": "19-1", "val_images": 1449, "setting": "disjoint"},
             {"task": "10-5", "val_images": 1449},

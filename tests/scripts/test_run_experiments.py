@@ -458,8 +458,12 @@ class TestWhatIsRun:
         assert threads("--jobs", 2) == ["4", "4", "all"]  # EIR, image replay, step 0
         assert threads("--jobs", 3) == ["4", "4", "all"]
         assert threads("--jobs", 1) == threads("--methods", "EIR") + ["all"] == ["all"] * 3
+        fresh.write(seeds=[1, 2])
+        assert threads("--jobs", 3) == ["2"] * 6  # a step 0 beside what starts from the other
+        fresh.write(joint="--epochs 1")
+        assert threads("--jobs", 3) == ["2"] * 4  # a step 0 beside joint training
         monkeypatch.setenv("OMP_NUM_THREADS", "7")
-        assert threads("--jobs", 2) == ["7"] * 3
+        assert threads("--jobs", 2) == ["7"] * 4
 
     def test_no_place_is_idle_while_another_step_0_is_trained(self, fresh, fake, monkeypatch):
         monkeypatch.setenv("SECONDS_AN_EPOCH", "0.5")

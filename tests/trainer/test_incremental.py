@@ -113,6 +113,9 @@ def test_other_conditions_of_the_step_before_are_named(
     assert not output.other_conditions({}, trainer.made_from)  # a checkpoint of another program
     trainer.before["settings"]["method"] = "dkd"
     assert "--method dkd, now eir" in output.other_conditions(trainer.before, trainer.made_from)
+    trainer.before["settings"]["data_loader.args.task.step"] = 1  # as if this were step 2
+    assert "--lr 0.01, now 0.5" in output.other_conditions(trainer.before, trainer.made_from)
+    trainer.before["settings"]["data_loader.args.task.step"] = 0
     monkeypatch.setattr(output, "finish", lambda trainer: None)
     trainer.fit()
     assert any(
