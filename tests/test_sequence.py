@@ -173,6 +173,15 @@ def test_the_sequence_script_needs_task_and_setting():
     assert process.returncode == 2 and text.startswith("error: ")
 
 
+def test_the_sequence_script_does_not_guess_the_batch_of_a_launcher(tmp_path, monkeypatch):
+    monkeypatch.delenv("BS", raising=False)
+    script = ["scripts/train_voc.sh", "5-3", "overlap", "--save_dir", str(tmp_path)]
+    process = bash(script, LAUNCHER="torchrun --nproc_per_node 2")
+    text, _ = process.communicate(timeout=600)
+    assert process.returncode == 2 and "error: LAUNCHER says how many processes there are: " in text
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("flag", ["--task_step", "--task_step=1", "--resume", "-r", "--test"])
 def test_the_sequence_script_refuses_what_is_for_a_single_step(flag):
     text, _ = (process := bash(["scripts/train_voc.sh", "5-3", "overlap", flag, "1"])).communicate()
