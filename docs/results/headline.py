@@ -26,8 +26,8 @@ METHODS = (
 ON_PHOTOGRAPHS, ON_PAINTED = "EIR, surroundings, all, warm-up", "EIR plus, all"
 
 # What stands over a column of the table -> the best EIR there, and the folders of its runs in
-# docs/results. Of several runs with one seed the first that has all steps counts (so DKD-M's at half the
-# learning rate, of photographs_animals_dkd, not that of photographs_animals).
+# docs/results. Of several runs with one seed the first that has all steps counts; so it is DKD-M's at
+# half the learning rate, of photographs_animals_dkd, and not that of photographs_animals.
 SETS = {
     "animals, 2-1": (
         ON_PHOTOGRAPHS,
