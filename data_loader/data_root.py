@@ -534,6 +534,15 @@ def read_label(path: Path, zero: str = "background") -> np.ndarray:
     return label
 
 
+def read_checked_label(path: Path, dataset: Description) -> np.ndarray:
+    """As read_label, for a label that is in no label index: UserError for what that would refuse."""
+    with reading("the label", path), Image.open(path) as image:
+        check_label(image, path)
+        if dataset.palette == "voc":
+            check_palette(image, path, dataset.highest_id)
+    return read_label(path, dataset.zero)
+
+
 def _class_ids(image, path):
     """The pixels of an opened label."""
     if image.mode not in ("P", "L"):

@@ -43,8 +43,12 @@ class EvalTransform:
     def __init__(self, crop_size: int):
         self.size = [crop_size]
 
+    def scaled(self, images: torch.Tensor) -> torch.Tensor:
+        """Images uint8 [..., 3, H, W] whose shorter side is crop_size."""
+        return F.resize(images, self.size, interpolation=BILINEAR, antialias=True)
+
     def __call__(self, image: torch.Tensor, label: torch.Tensor) -> Pair:
-        image = F.resize(image, self.size, interpolation=BILINEAR, antialias=True)
+        image = self.scaled(image)
         label = F.resize(label[None], self.size, interpolation=NEAREST)
         return F.center_crop(image, self.size), F.center_crop(label, self.size)[0]
 

@@ -5,7 +5,8 @@ python scripts/export.py -r step_2/checkpoint-epoch60.pth --output network.safet
     .pth           the same as a dictionary, which eval_voc.py -r and predict.py -r read too
     .onnx          the network for images of any number and size (package onnx)
 The network takes float32 images [N, 3, H, W], RGB in [0, 1] less `mean`, divided by `std`, and gives
-logits [N, classes, H, W], the background's first. What is written is read again, and its output on
+logits [N, classes, H, W], the background's first. It knows objects at the scale that it was trained on,
+images whose shorter side is `crop_size`. What is written is read again, and its output on
 random images compared with PyTorch's; of ONNX by onnxruntime, or else by onnx's own evaluator.
 """
 
@@ -80,13 +81,14 @@ def largest_difference(model: DeepLabV3, function: Function) -> float:
 
 def description(network: Trained) -> dict:
     """What is said beside the weights: arch and order as in the checkpoints of this project, the names
-    and ids of the classes by channel, and how images are normalised."""
+    and ids of the classes by channel, how images are normalised, and their scale."""
     return {
         "arch": {"backbone": network.config.arch.args.backbone, "classes": network.model.classes},
         "order": network.ids[1:],
         "classes": dict(zip(network.names, network.ids, strict=True)),
         "mean": list(MEAN),
         "std": list(STD),
+        "crop_size": network.config.data.train.args.transform_args.crop_size,
     }
 
 

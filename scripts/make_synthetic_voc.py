@@ -31,7 +31,7 @@ from PIL import Image
 from scipy import ndimage
 
 from configs.options import DataSet
-from data_loader.data_root import read_label, read_lines
+from data_loader.data_root import read_checked_label, read_lines
 from utils.config import Parser
 from utils.errors import UserError
 from utils.visualize import VOID, label_image
@@ -226,7 +226,7 @@ def render_label(
     painted as what is nearest to them.
     """
     rng = default_rng((seed, split, index))
-    stored = Image.fromarray(read_label(file))
+    stored = Image.fromarray(read_checked_label(file, DataSet()))
     scale = size / max(stored.size)
     shape = [max(1, int(side * scale + 0.5)) for side in stored.size]
     label = np.array(stored.resize(shape, Image.Resampling.NEAREST))

@@ -2,7 +2,9 @@
 
 python scripts/predict.py -r step_2/checkpoint-epoch60.pth --input photographs --output predicted
     writes NAME_labels.png, the class ids of the data set's label maps with VOC's colours, and
-    NAME_overlay.png, the photograph with its classes in colour and a legend.
+    NAME_overlay.png, the photograph with its classes in colour and a legend. The model sees a
+    photograph at the scale of its test: the shorter side as long as the crop, or, where it is tested
+    on whole images, as it is. What is written has the photograph's own size.
 python scripts/predict.py --compare -r RUN/step_*/checkpoint-epoch60.pth --input cat.jpg --output seen
     writes NAME_compare.png: photograph, label where there is one, and the prediction of each step.
 """
@@ -20,7 +22,8 @@ import torch
 from PIL import Image, ImageOps
 
 from configs.options import Config
-from data_loader.data_root import DataRoot, check_photograph, read_label, reading
+from data_loader.data_root import DataRoot, check_photograph, read_checked_label, reading
+from data_loader.transforms import EvalTransform
 from trainer.evaluate import predictions
 from trainer.trained import Trained, add_flags, read_steps, titles
 from utils.checkpoint import write_atomically
@@ -121,8 +124,10 @@ def read_photograph(path: Path, labelled: bool) -> np.ndarray:
 
 def predict_label(model: Trained, photograph: np.ndarray, score: float) -> np.ndarray:
     """The label map uint8 [H, W] that a model predicts, of ids as in its data set."""
-    images = torch.from_numpy(photograph).permute(2, 0, 1)[None].to(device())
-    (channels,) = predictions(model.model, images, score)
+    images, test = torch.from_numpy(photograph).permute(2, 0, 1)[None], model.config.data.test.args
+    if test.transform:
+        images = EvalTransform(test.transform_args.crop_size).scaled(images)
+    (channels,) = predictions(model.model, images.to(device()), score, photograph.shape[:2])
     return np.array(model.ids, dtype=np.uint8)[channels[0].cpu().numpy()]
 
 
@@ -148,7 +153,7 @@ def find_label(path: Path, photograph: np.ndarray, model: Trained, folder: Path 
     file = next((place for place in places if place.is_file()), None)
     if file is None:
         return None
-    label = read_label(file, data.dataset.zero)
+    label = read_checked_label(file, data.dataset)
     if label.shape != photograph.shape[:2]:
         (height, width), size = label.shape, f"{photograph.shape[1]}x{photograph.shape[0]}"
         raise UserError(f"{path} is {size} but its label {file} is {width}x{height}")

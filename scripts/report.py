@@ -22,14 +22,13 @@ from matplotlib.figure import Figure
 from configs.options import load_config
 from data_loader.tasks import task_of
 from scripts.results import (
-    DEFAULT_VIEW,
     GROUPS,
     SOURCE,
     Comparison,
+    how_tested,
     published,
     read_comparisons,
     val_images,
-    view_of,
 )
 from trainer.output import is_stale, model_before, read_results
 from utils.config import Parser
@@ -129,15 +128,15 @@ def published_lines(folder: Path, last: int) -> list[str]:
     """Lines of published results to compare a run with.
 
     last: the latest finished step. There are none before the last step of the task, none if the
-    run's configuration, which tells what to compare it with, is no longer there, and none where the
-    test saw the images otherwise than by default.
+    run's configuration, which tells what to compare it with, is no longer there, and none where it was
+    tested otherwise.
     """
     try:
         config = load_config(folder / f"step_{last}" / "config.json")[0]
         task = task_of(config.data)
-        if last != len(task.steps) - 1 or view_of(config.data.test.args) != DEFAULT_VIEW:
+        if last != len(task.steps) - 1:
             return []
-        found = published(task, val_images(folder / f"step_{last}"))
+        found = published(task, val_images(folder / f"step_{last}"), how_tested(config.data))
     except (UserError, OSError):
         return []
     lines = [f"{method:<16}{hiou:>8.2f}{miou:>8.2f}" for method, (hiou, miou) in found.items()]
@@ -208,7 +207,7 @@ def method_cells(comparison: Comparison, method: str) -> dict[str, str]:
 def comparison_table(comparison: Comparison) -> str:
     """A Markdown table, a row per method; below it what it leaves out and takes from elsewhere."""
     rows = [method_cells(comparison, method) for method in comparison.runs]
-    others = published(comparison.task, comparison.val_images)
+    others = published(comparison.task, comparison.val_images, comparison.test)
     for method, (hiou, miou) in others.items():
         rows.append({"method": f"{method} (published)", "all": f"{miou:.2f}", "hIoU": f"{hiou:.2f}"})
     text = f"## {comparison.task.name}, {comparison.task.setting}\n"

@@ -14,7 +14,7 @@ from statistics import mean
 
 import numpy as np
 
-from configs.options import Config, EvalSetArgs
+from configs.options import Config, DataArgs
 from data_loader.memory import MANIFEST, read_manifest
 from data_loader.tasks import Task, check_step, get_task
 from trainer.output import read_record, read_results
@@ -27,9 +27,9 @@ GROUPS = {"old": "old", "new": "new", "overall": "all", "harmonic": "hIoU"}
 
 # The columns of results.csv, by what their cells hold. A number that is not known is an empty cell.
 # After these stands the IoU of each class, in the learning order of the data set. without_images names
-# the classes whose 0 is no error of the model, with "; " between; view is what the test sees of an
-# image. Files of before these two lack them.
-TEXTS = ("method", "task", "setting", "without_images", "view")
+# the classes whose 0 is no error of the model, with "; " between; test is what how_tested gives. Older
+# files lack these two.
+TEXTS = ("method", "task", "setting", "without_images", "test")
 INTEGERS = ("seed", "step")
 NUMBERS = (
     "val_images", *GROUPS.values(), "seconds", "peak_mib", "memory_entries", "memory_bytes",
@@ -58,7 +58,6 @@ ORDERS = {
     1449: "ce42b86533b1c85e1fe217f2500055a7263e015f54041b27d6afb3747a2065e0",
     2000: "9bf5f612ed5c7d1d07e09c58712c7e0e074ec3e34bf52ebec063f117b2e722b1",
 }
-DEFAULT_VIEW = "centre crop 512"  # that of the published results
 SOURCE = (
     'published: by the DKD project, "Decomposed Knowledge Distillation for Class-Incremental Semantic '
     'Segmentation", NeurIPS 2022, overlap setting; hIoU and mean IoU of all classes'
@@ -70,16 +69,16 @@ def class_column(name: str) -> str:
     return f"{name} (class)" if name in COLUMNS and name != "background" else name
 
 
-def published(task: Task, images: float | None) -> dict[str, tuple[float, float]]:
+def published(task: Task, images: float | None, test: str) -> dict[str, tuple[float, float]]:
     """Published hIoU and mean IoU of all classes after the last step, in percent, by method.
 
     images: number of images that the results to compare with were validated on, None if it varies or
-    is not known.
+    is not known. test: how, as how_tested gives it.
     Empty for other tasks and settings than those published, for another number of images than their
-    data sets have, and for other classes or the same in another order.
+    data sets have, for another test, and for other classes or the same in another order.
     """
     found = PUBLISHED.get(images, {}).get(task.name, {}) if task.setting == "overlap" else {}
-    if not found:
+    if not found or test != how_tested(Config().data):
         return {}
     order = json_digest(task.class_names(len(task.steps) - 1)[1:])
     return found if order == ORDERS[images] else {}
@@ -90,9 +89,11 @@ def val_images(folder: Path) -> int | None:
     return read_record(folder).get("val_images")
 
 
-def view_of(test: EvalSetArgs) -> str:
-    """What a test sees of an image, in words."""
-    return f"centre crop {test.transform_args.crop_size}" if test.transform else "whole"
+def how_tested(data: DataArgs) -> str:
+    """How a model is tested, in words."""
+    test = data.test.args
+    view = f"centre crop {test.transform_args.crop_size}" if test.transform else "whole"
+    return f"{view}, trained on test images" if data.allow_val_in_train else view
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:
@@ -130,7 +131,7 @@ def row(method: str, task: Task, seed: int, config: Config) -> dict:
         **_cost(config.step_dir(kind="log") / "metrics.jsonl"),
         **_memory(folder / "memory"),
         "without_images": "; ".join(found.get("without_images", ())),
-        "view": view_of(config.data.test.args),
+        "test": how_tested(config.data),
         # in the data set's order, not in the task's
         **{class_column(name): iou.get(name) for name in ("background", *config.data.dataset.classes)},
     }
@@ -198,8 +199,8 @@ class Comparison:
     runs: method -> seeds -> steps -> row. Only runs that reached the last step are here, and they have
         all steps; a method that learns all classes at once (joint) has only the last.
     unfinished: the other runs, in words.
-    val_images: number of validation images, in the view of the published results; None if it differs
-        between rows or one of them has another view, or none; NaN if it is not known.
+    val_images, test: number of validation images and how the models are tested on them; None and ""
+        if they differ between rows, or are not known.
     without_images: classes whose IoU is 0 through no error of a model, since no image shows them, in
         the last step of any of the runs.
     """
@@ -208,6 +209,7 @@ class Comparison:
     runs: dict[str, list[list[dict]]]
     unfinished: list[str]
     val_images: float | None
+    test: str
     without_images: list[str]
 
     @property
@@ -292,21 +294,20 @@ def _read_rows(path):
 def _compare(task, methods):
     """The comparison of a task. methods: method -> seed -> step -> row."""
     total = len(task.steps)
-    runs, unfinished, images = {}, [], set()
+    runs, unfinished, tests = {}, [], set()
     for method, seeds in methods.items():
         at_once = all(list(steps) == [total - 1] for steps in seeds.values())
         needed = [total - 1] if at_once else range(total)
         for seed, steps in seeds.items():
-            images |= {
-                row["val_images"] if row["view"] == DEFAULT_VIEW else None for row in steps.values()
-            }
+            tests |= {(row["val_images"], row["test"]) for row in steps.values()}
             if all(step in steps for step in needed):
                 runs.setdefault(method, []).append([steps[step] for step in needed])
             else:
                 unfinished.append(f"{method} seed {seed} ({len(steps)} of {total} steps)")
     last = [steps[-1]["without_images"].split("; ") for seeds in runs.values() for steps in seeds]
     lacking = [name for name in task.class_names(total - 1) if any(name in names for names in last)]
-    return Comparison(task, runs, unfinished, images.pop() if len(images) == 1 else None, lacking)
+    images, test = tests.pop() if len(tests) == 1 else (None, "")
+    return Comparison(task, runs, unfinished, images, test, lacking)
 
 
 def read_comparisons(path: Path) -> list[Comparison]:

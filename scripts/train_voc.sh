@@ -4,8 +4,8 @@
 #   bash scripts/train_voc.sh 5-3 overlap [flags of train_voc.py, for every step]
 # The settings below are the paper's; each can be set from outside, such as EPOCH=30 bash scripts/...
 # BS is per process: the paper's 32 are shared by the GPUs that this machine shows.
-# LAUNCHER starts a step: "python", or torchrun with its own flags, in which {step} becomes the step's
-# number, or "evaluation" (see scripts/train_voc.slurm). The report is the first node's.
+# LAUNCHER starts a step, such as torchrun with its own flags, in which {step} becomes the step's number,
+# or "evaluation" (see scripts/train_voc.slurm); BS must be set with it. The report is the first node's.
 set -euo pipefail
 
 source "$(dirname "${BASH_SOURCE[0]}")/help.sh"
@@ -61,7 +61,7 @@ if [ -z "${BS:-}" ] && [ $((32 % gpus)) -ne 0 ]; then
 fi
 BS=${BS:-$((32 / gpus))}
 
-[ -z "$ASKED" ] || echo "set here, whatever $CONFIG says: EPOCH=$EPOCH BS=$BS (on each of $gpus)" \
+[ -z "$ASKED" ] || echo "set here, whatever $CONFIG says: EPOCH=$EPOCH BS=$BS (a process)" \
     "INIT_LR=$INIT_LR LR=$LR INIT_POSWEIGHT=$INIT_POSWEIGHT MEMORY_SIZE=$MEMORY_SIZE"
 
 launch() { # launch NAME PROGRAM FLAGS...; NAME stands for {step}

@@ -1,6 +1,7 @@
 """The synthetic VOC2012-format data set: same pixels everywhere, right format, right content."""
 
 import hashlib
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ from scipy import ndimage
 from scripts import make_synthetic_voc as script
 from scripts.make_synthetic_voc import TRAIN, VAL, main, make_synthetic_voc, render
 from tests.helpers import code_of
+from utils.errors import UserError
+from utils.visualize import voc_palette
 
 PINNED = {
     (0, TRAIN, 0, 128): "b8a083021d5fe37e3eb677053a32767bfd28cf0e85e5c527747fc38044a7cc53",
@@ -249,6 +252,15 @@ class TestPainting:
             saturation = np.ptp(colours, axis=-1)
             objects = ndimage.binary_erosion((label > 0) & (label < 255), iterations=2)
             assert saturation[objects].mean() > saturation[label == 0].mean() + 40
+
+    def test_a_label_that_training_would_refuse_is_refused(self, real: Path, tmp_path: Path) -> None:
+        shutil.copytree(real, tmp_path / "real")
+        for path in (tmp_path / "real/SegmentationClassAug").iterdir():
+            label = Image.open(path)
+            label.putpalette(voc_palette()[::-1].ravel().tolist())
+            label.save(path)
+        with pytest.raises(UserError, match="a tool has renumbered it"):
+            make_synthetic_voc(tmp_path / "new", 5, 4, 64, 1, labels=tmp_path / "real")
 
     @pytest.mark.parametrize(
         ("flags", "message"),

@@ -16,8 +16,15 @@ from utils.metrics import ConfusionMatrix, compute_metrics
 
 
 @torch.inference_mode()
-def predictions(model: nn.Module, images: torch.Tensor, score: float = 0.5) -> Iterator[torch.Tensor]:
-    """The channels int64 [1, H, W] predicted in each image of a batch uint8 [N, 3, H, W], in turn.
+def predictions(
+    model: nn.Module,
+    images: torch.Tensor,
+    score: float = 0.5,
+    size: tuple[int, int] | None = None,
+) -> Iterator[torch.Tensor]:
+    """The channels int64 [1, H, W] predicted in each image of a batch uint8 [N, 3, h, w], in turn.
+
+    size: H and W, by default those of the images.
 
     The model is in evaluation mode, and on the device of the images. Arithmetic is float32 without
     TF32. Logits of full size are made of one image at a time, for the memory of many classes. UserError
@@ -31,7 +38,7 @@ def predictions(model: nn.Module, images: torch.Tensor, score: float = 0.5) -> I
     if not logits.isfinite().all():
         raise UserError("the model's logits are not finite: its weights are damaged, train it anew")
     for i in range(len(images)):
-        yield predict(upsample_logits(logits[i : i + 1], images.shape[-2:]), score)
+        yield predict(upsample_logits(logits[i : i + 1], size or images.shape[-2:]), score)
 
 
 @torch.inference_mode()

@@ -447,8 +447,9 @@ def other_conditions(before: dict, now: dict) -> list[str]:
     """
     former, step = before.get("settings", {}), "data_loader.args.task.step"
     found = changes(Config, former, now["settings"])
-    shared = "" if former.get(step) else SHARED
-    words = _said({p: text for p, text in found.items() if p.startswith(shared) and p != step})
+    all_of_them = bool(former.get(step))
+    shared = [p for p in found if p != step and (all_of_them or p.startswith(SHARED))]
+    words = _said({p: found[p] for p in shared})
     if before.get("batch", now["batch"]) != now["batch"]:
         words.append(f"updates of {before['batch']} images, now {now['batch']}")
     for split in SPLITS:

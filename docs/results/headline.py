@@ -64,7 +64,7 @@ def read(best: str, *folders: str) -> Comparison:
                 seeds.setdefault(steps[0]["seed"], steps)
         if seeds:
             runs[method] = [seeds[seed] for seed in sorted(seeds)]
-    return Comparison(found[0].task, runs, [], found[0].val_images, [])
+    return Comparison(found[0].task, runs, [], None, "", [])
 
 
 def last(comparison: Comparison, method: str) -> dict[int, float]:
@@ -116,7 +116,7 @@ def goals_table(sets: dict[str, Comparison]) -> str:
     for method, other, points in GOALS:
         title = f"{method} above {other} by {points[0]}, painted by {points[-1]}"
         if method == "EIR":
-            title = f"{title}, and in each seed"
+            title = f"{title}, and above it in each seed"
         cells = (goal(c, method, other, p) for c, p in zip(chosen, points, strict=True))
         rows.append([title, *cells])
     rows.append(

@@ -43,6 +43,11 @@ def test_safetensors_name_the_classes(steps, tmp_path, run):
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     assert list(said["classes"]) == NAMES
     assert said["arch"] == {"backbone": "tiny", "classes": [5, 3]}
+    config = json.loads((steps[1].parent / "config.json").read_text())
+    assert (
+        said["crop_size"]
+        == config["data_loader"]["args"]["train"]["args"]["transform_args"]["crop_size"]
+    )
     before = read_checkpoint(steps[1])["state_dict"]
     assert weights.keys() == before.keys()
     assert all(torch.equal(weights[key], before[key]) for key in before)

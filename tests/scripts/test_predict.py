@@ -1,4 +1,4 @@
-"""Predictions for photographs: the evaluation's own, at their own size, and what is refused."""
+"""Predictions for photographs: the evaluation's own, and what is refused."""
 
 import shutil
 
@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms.v2.functional import resize
 
 from configs.options import load_config
 from data_loader.data_loaders import StepData
 from data_loader.data_root import read_label
+from data_loader.dataset import normalize
+from data_loader.tasks import task_of
+from models.deeplabv3 import predict, upsample_logits
 from scripts.predict import main
 from tests.helpers import error_line
 from trainer.evaluate import confusion_matrix
@@ -30,8 +34,10 @@ def photographs(voc_root, tmp_path):
 
 
 def test_label_maps_are_what_the_evaluation_counts(voc_root, steps, tmp_path, run):
+    """Of a model that is tested on whole images."""
     config = load_config(steps[1].parent / "config.json")[0]
     config.data.test.args.transform = False
+    write_json(tmp_path / "whole.json", config.to_dict())
     data = StepData(config)
     model, _ = read_model(steps[1], data, "tiny", 1)
     expected = confusion_matrix(model, data, "test", torch.device("cpu"), 0.45)
@@ -41,7 +47,8 @@ def test_label_maps_are_what_the_evaluation_counts(voc_root, steps, tmp_path, ru
     images.mkdir()
     for path in dataset.images:
         shutil.copy(path, images)
-    result = run(main, "-r", steps[1], "--input", images, "--output", tmp_path / "out", "--score", 0.45)
+    flags = ("-c", tmp_path / "whole.json", "--input", images, "--output", tmp_path / "out")
+    result = run(main, "-r", steps[1], *flags, "--score", 0.45)
     assert result.returncode == 0, result.stderr
     counts = np.zeros((9, 9), dtype=np.int64)
     for i, name in enumerate(dataset.ids):
@@ -51,6 +58,35 @@ def test_label_maps_are_what_the_evaluation_counts(voc_root, steps, tmp_path, ru
         np.add.at(counts, (label[known], np.array(found)[known]), 1)
     assert np.array_equal(counts, expected)
     assert np.count_nonzero(counts.sum(axis=0)) > 2
+
+
+def test_a_photograph_is_seen_at_the_scale_of_the_test(photographs, steps, tmp_path, run):
+    path = min(photographs.glob("*.jpg"))
+    with Image.open(path) as image:
+        image.resize((3 * image.width, 3 * image.height)).save(large := tmp_path / "large.png")
+    run(main, "-r", steps[1], "--input", large, "--output", tmp_path / "out", "--score", 0.45)
+    config = load_config(steps[1].parent / "config.json")[0]
+    model, _ = read_model(steps[1], StepData(config), "tiny", 1)
+    pixels = torch.from_numpy(np.array(Image.open(large))).permute(2, 0, 1)[None]
+    side = config.data.test.args.transform_args.crop_size
+    assert config.data.test.args.transform and min(pixels.shape[-2:]) > 2 * side
+    seen = resize(pixels, [side], antialias=True)
+    with torch.inference_mode():
+        logits = upsample_logits(model.eval()(normalize(seen), upsample=False), pixels.shape[-2:])
+    found = np.array(Image.open(tmp_path / "out/large_labels.png"))
+    expected = np.array([0, *task_of(config.data).seen(1)])[predict(logits, 0.45)[0]]
+    assert (found == expected).mean() > 0.999 and len(np.unique(expected)) > 1
+
+
+def test_labels_that_training_would_refuse_are_refused(photographs, steps, tmp_path, run):
+    min(photographs.glob("*.jpg")).rename(photographs / "one.jpg")
+    with Image.open(photographs / "one.jpg") as image:
+        label = Image.new("P", image.size, 1)
+    label.putpalette([0, 0, 0, *voc_palette()[12]])  # id 1 in the colour of a dog
+    label.save(tmp_path / "one.png")
+    flags = ("--input", photographs / "one.jpg", "--output", tmp_path / "out", "--labels", tmp_path)
+    line = error_line(run(main, "--compare", "-r", steps[1], *flags))
+    assert "a tool has renumbered it" in line and not (tmp_path / "out").exists()
 
 
 def test_an_overlay_has_the_photograph_and_a_legend(photographs, steps, tmp_path, run):

@@ -14,7 +14,7 @@ from configs.options import Config, load_config
 from data_loader.tasks import get_task
 from scripts import results
 from scripts.report import class_iou_figure, forgetting_figure, main, mean_iou_figure
-from scripts.results import published, read_comparisons
+from scripts.results import how_tested, published, read_comparisons
 from tests.helpers import CLASS_NAMES, PROJECT, code_of, error_line, run_script
 from utils.checkpoint import content_digest, json_digest, save_checkpoint, write_json
 from utils.metrics import METRICS
@@ -29,7 +29,7 @@ def make_row(method, seed, step, iou=(60,), task="10-5", setting="overlap", **ce
         classes |= {CLASS_NAMES[c]: iou[min(old_step, len(iou) - 1)] for c in names}
     defaults = {
         "val_images": 30,
-        "view": "centre crop 512",
+        "test": "centre crop 512",
         "old": 50,
         "all": 50,
         "seconds": 60,
@@ -202,8 +202,9 @@ class TestPublished:
         "cells",
         [
             {"task": "19-1", "val_images": 1448},
-            {"task": "19-1", "val_images": 1449, "view": "whole"},
-            {"task": "19-1", "val_images": 1449, "view": ""},
+            {"task": "19-1", "val_images": 1449, "test": "whole"},
+            {"task": "19-1", "val_images": 1449, "test": "centre crop 512, trained on test images"},
+            {"task": "19-1", "val_images": 1449, "test": ""},
             {"task": "19-1", "val_images": ""},
             {"task": "19-1", "val_images": 1449, "setting": "disjoint"},
             {"task": "10-5", "val_images": 1449},
@@ -219,9 +220,10 @@ class TestPublished:
     def test_it_is_of_one_order_of_the_classes(self, name, images, file):
         config = load_config(PROJECT / f"configs/config_{file}.json")[0]
         classes = config.data.dataset.classes
-        assert "DKD" in published(get_task(name, "overlap", classes), images)
+        test = how_tested(Config().data)
+        assert "DKD" in published(get_task(name, "overlap", classes), images, test)
         other = dict(reversed(classes.items()))
-        assert published(get_task(name, "overlap", other), images) == {}
+        assert published(get_task(name, "overlap", other), images, test) == {}
 
     def test_one_run_on_other_images_leaves_it_out(self, tmp_path, capsys):
         own = make_run("own", task="19-1", val_images=150)
