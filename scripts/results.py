@@ -92,8 +92,10 @@ def val_images(folder: Path) -> int | None:
 def how_tested(data: DataArgs) -> str:
     """How a model is tested, in words."""
     test = data.test.args
-    view = f"centre crop {test.transform_args.crop_size}" if test.transform else "whole"
-    return f"{view}, trained on test images" if data.allow_val_in_train else view
+    words = [f"centre crop {test.transform_args.crop_size}" if test.transform else "whole"]
+    words += ["later classes void"] if test.masking_value else []
+    words += ["test images allowed in training"] if data.allow_val_in_train else []
+    return ", ".join(words)
 
 
 def group_means(iou: dict[str, float], task: Task, step: int) -> dict[str, float | None]:

@@ -203,7 +203,7 @@ class TestPublished:
         [
             {"task": "19-1", "val_images": 1448},
             {"task": "19-1", "val_images": 1449, "test": "whole"},
-            {"task": "19-1", "val_images": 1449, "test": "centre crop 512, trained on test images"},
+            {"task": "19-1", "val_images": 1449, "test": "centre crop 512, later classes void"},
             {"task": "19-1", "val_images": 1449, "test": ""},
             {"task": "19-1", "val_images": ""},
             {"task": "19-1", "val_images": 1449, "setting": "disjoint"},
@@ -383,10 +383,15 @@ class TestRun:
     def test_they_are_left_out_of_other_tasks_and_steps(self, tmp_path, capsys, last, task):
         assert "published" not in report(make_steps(tmp_path, last, 1449, **task), capsys)
 
-    def test_they_are_left_out_where_images_are_tested_whole(self, tmp_path, capsys):
+    @pytest.mark.parametrize("how", ["transform", "masking_value", "allow_val_in_train"])
+    def test_they_are_left_out_of_other_tests(self, tmp_path, capsys, how):
         run = make_steps(tmp_path, 1, 1449)
         content = json.loads((run / "step_1/config.json").read_text())
-        content["data_loader"]["args"]["test"]["args"]["transform"] = False
+        data = content["data_loader"]["args"]
+        if how == "allow_val_in_train":
+            data[how] = True
+        else:
+            data["test"]["args"][how] = {"transform": False, "masking_value": 255}[how]
         (run / "step_1/config.json").write_text(json.dumps(content))
         assert "published" not in report(run, capsys)
 
