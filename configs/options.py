@@ -140,11 +140,8 @@ def _no_norm(kind):
 
 
 # Whether a configuration makes use of an option, and when it does, in words. A flag that is given where
-# it is not used is a warning, since the same flags are often given for every step of a task. Options
-# that are not used are not compared either, so they must not decide in a circle which of them are: two
-# that switch each other off would both be left out.
+# it is not used is a warning, since the same flags are often given for every step of a task.
 AT_STEP_0 = (lambda c: c.task.step == 0, "at step 0")
-AT_LATER_STEPS = (lambda c: c.task.step > 0, "at steps >= 1")
 WITH_MEMORY = (lambda c: c.task.step > 0 and c.data.memory.replay != "none", "where the step replays")
 WITH_INSTANCES = (
     lambda c: (
@@ -162,6 +159,10 @@ WITH_PSEUDO_LABELS = (
     lambda c: IN_EIR[0](c) and c.hyperparameter.pseudo_labels != "off",
     "at steps >= 1 of --method eir with pseudo labels",
 )
+WITH_DISTILLATION = (
+    lambda c: IN_DKD[0](c) or (c.task.step > 0 and c.hyperparameter.kd_mode != "none"),
+    "at steps >= 1 with distillation",
+)
 WITH_KD = (
     lambda c: IN_EIR[0](c) and c.hyperparameter.kd > 0,
     "at steps >= 1 of --method eir with --kd above 0",
@@ -175,8 +176,12 @@ WITH_FUSION = (
     "with --replay eir and --fusion on",
 )
 WITH_FILL_INS = (
-    lambda c: WITH_PASTES[0](c) and c.hyperparameter.paste.class_combination,
-    "with --replay eir and --class_combination on",
+    lambda c: (
+        WITH_PASTES[0](c)
+        and c.hyperparameter.paste.class_combination
+        and (c.hyperparameter.paste.position or c.hyperparameter.paste.fill_in == "none")
+    ),
+    "with --replay eir and --class_combination on; best and next with --position on",
 )
 WITH_BCE = (lambda c: c.hyperparameter.mbce > 0, "with --mbce above 0")
 WITH_BUDGET = (
@@ -524,7 +529,7 @@ class Hyperparameter:
         "weight of the distillation",
         "--kd",
         low=0,
-        used=AT_LATER_STEPS,
+        used=WITH_DISTILLATION,
     )
     ac: float = option(
         0.0,

@@ -353,6 +353,12 @@ def changes(cls: type, before: dict[str, Any], now: dict[str, Any]) -> dict[str,
 def differences(old: Any, new: Any) -> dict[str, str]:
     """How the options of two configurations differ that make another experiment; as in `changes`.
 
-    One that only one of them makes use of is left out: what decides about that is another option.
+    One that only one of them makes use of is left out, since what decides about that is another option,
+    which differs. Where none does, such options have switched each other off, or themselves.
     """
-    return changes(type(new), settings(old), settings(new))
+    cls, one, other = type(new), settings(old), settings(new)
+    found = changes(cls, one, other)
+    if not found.keys() - {"name"}:
+        switched = one.keys() ^ other.keys()
+        found |= changes(cls, *({p: get(config, p) for p in switched} for config in (old, new)))
+    return found

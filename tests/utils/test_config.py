@@ -1,8 +1,6 @@
 """Configuration: the family's shape, types and ranges, flags on top, and what a call asks for."""
 
 import json
-from copy import deepcopy
-from graphlib import TopologicalSorter
 
 import pytest
 
@@ -231,10 +229,6 @@ class TestFlags:
         assert read_eval(asked)[0].world_size == 4
 
 
-def _used(option, config):
-    return not option.metadata["used"] or option.metadata["used"][0](config)
-
-
 class TestExperiment:
     def test_places_and_workers_make_no_other_experiment(self):
         config = Config()
@@ -287,32 +281,6 @@ class TestExperiment:
         later = ("--task_step", 1, "--position", "off")
         plain, other = with_flags(*later), with_flags(*later, "--fill_in", "none")
         assert differences(plain, other) and differences(other, plain)
-
-    def test_no_options_decide_in_a_circle_whether_they_count(self):
-        """Else two settings that differ could each hide what the other one differs in."""
-        numbers = {float: (0.0, 0.5), int: (0, 1), bool: (True, False)}
-        bases = [with_flags("--task_step", 1), with_flags("--task_step", 1, *DKD, "--replay", "none")]
-        named = [o for o in options(Config) if o.metadata["flags"]]
-        tried = [(o, o.metadata["choices"] or numbers.get(o.kind, ())) for o in named]
-        decided_by = {o.path: set() for o in named}
-        for base in bases:
-            for first, values in tried:
-                for value in values:
-                    given = deepcopy(base)
-                    put(given, first.path, value)
-                    for second, others in tried:
-                        if second.path == "data_loader.args.task.step":
-                            continue
-                        used = []
-                        for other in others:
-                            put(changed := deepcopy(given), second.path, other)
-                            used.append({o.path for o in named if _used(o, changed)})
-                        for path in set.union(*used, set()) - set.intersection(*used or [set()]):
-                            decided_by[path].add(second.path)
-        assert "hyperparameter.kd_mode" in decided_by["hyperparameter.rskd_region"]
-        memory = "data_loader.args.memory"  # --replay none is --mem_size 0, and leaves it out
-        decided_by[f"{memory}.replay"] -= {f"{memory}.replay", f"{memory}.mem_size"}
-        TopologicalSorter(decided_by).prepare()  # which refuses a circle
 
     def test_the_order_of_the_classes_does(self, tmp_path):
         classes = {"dog": 2, "cat": 1, "cow": 3}
@@ -394,7 +362,8 @@ class TestFlagsWithoutEffect:
             (["--task_step", "1", "--class_combination", "off", "--fill_in", "none"], ["--fill_in"]),
             (["--task_step", "1", "--mem_size", "0", "--pastes", "2"], ["--pastes"]),
             (["--task_step", "1", "--mem_size", "0", "--surroundings", "0.2"], ["--surroundings"]),
-            (["--task_step", "1", "--position", "off", "--fill_in", "next"], []),
+            (["--task_step", "1", "--position", "off", "--fill_in", "next"], ["--fill_in"]),
+            (["--task_step", "1", "--position", "off", "--fill_in", "none"], []),
             (["--task_step", "1", "--mem_size", "0", "--replay", "image"], ["--replay"]),
             (["--task_step", "1", "--mbce", "0", "--pos_weight", "2"], ["--pos_weight"]),
             (["--task_step", "1", "--kd", "0", "--kd_mode", "plain"], ["--kd_mode"]),
