@@ -204,7 +204,7 @@ class ArchArgs:
         "--backbone",
         complain=_no_backbone,
     )
-    backbone_pretrained: bool = option(True, "start step 0 from ImageNet weights")
+    backbone_pretrained: bool = option(True, "start step 0 from ImageNet weights", used=AT_STEP_0)
     backbone_weights: str | None = option(
         None,
         "file with the backbone's ImageNet weights, or 'none' to start from scratch; "
@@ -357,7 +357,7 @@ class TrainSet:
 @dataclass
 class EvalSet:
     args: EvalSetArgs = section(EvalSetArgs)
-    batch_size: int = option(8, "images per evaluation batch", low=1)
+    batch_size: int = option(8, "images per evaluation batch", low=1, incidental=True)
 
 
 @dataclass
@@ -452,9 +452,15 @@ class PasteArgs:
         used=WITH_PASTES,
     )
     cell: int = option(
-        250, "side of a cell in pixels at crop 512, scaled with the crop", low=1, high=512
+        250,
+        "side of a cell in pixels at crop 512, scaled with the crop",
+        low=1,
+        high=512,
+        used=WITH_PASTES,
     )
-    beta: float = option(1.0, "parameter of the Beta distribution of lambda", low=1e-3)
+    beta: float = option(
+        1.0, "parameter of the Beta distribution of lambda", low=1e-3, used=WITH_FUSION
+    )
     lambda_min: float = option(
         0.0,
         "lower bound of lambda, an instance's weight in the mix",
@@ -796,7 +802,7 @@ def _selected(parsed):
 
 TRAINING = """Train one step of a continual task, then test it.
 
-python {program} --task_name {task} --task_step 0
+python {program} --task_name {task} --task_step 0 --pos_weight 2
 python {program} --task_name {task} --task_step 1 --lr {lr:g} --freeze_bn
 """
 EVALUATION = """Evaluate a checkpoint on the test images of its step.

@@ -157,7 +157,7 @@ def _parse(name, total):
     if name == "joint":
         return order, [total]
     name = "5-3" if name in ALIASES_OF_5_3 else name
-    match = re.fullmatch(r"([0-9]{1,3})-([0-9]{1,3})(?:_([b-w]))?", name)
+    match = re.fullmatch(r"([1-9][0-9]{0,2})-([1-9][0-9]{0,2})(?:_([b-w]))?", name)
     if not match:
         return None
     base, increment = int(match[1]), int(match[2])
@@ -166,7 +166,7 @@ def _parse(name, total):
         if (base, increment) != (15, 1) or len(order) != total:
             return None
     left = total - base
-    if increment == 0 or base == 0 or left < increment or left % increment:
+    if left < increment or left % increment:
         return None
     return order, [base] + [increment] * (left // increment)
 

@@ -46,8 +46,8 @@ def export(_, args: argparse.Namespace) -> None:
         raise UserError(f"--output is {output}; give the name of a {', '.join(WRITERS)} file")
     if output.resolve() == args.resume.resolve():
         raise UserError(f"{output} is the checkpoint itself: give --output another name")
-    if output.exists() and (output.parent / "config.json").exists():
-        raise UserError(f"{output} belongs to a step of a run: give another --output")
+    if (output.parent / "config.json").exists():
+        raise UserError(f"{output.parent} belongs to a step of a run: give --output another folder")
     network = read_trained(args.resume, args)
     network.model.cpu()
     write, read = WRITERS[output.suffix]
@@ -107,7 +107,10 @@ def package(name: str, needed_for: str):
 
 
 def write_pth(network: Trained, path: Path) -> None:
-    save_checkpoint(path, {**description(network), "state_dict": network.model.state_dict()})
+    content = read_checkpoint(network.path)
+    origin = {key: content[key] for key in ("format", "ac") if key in content}  # what cls.0 stands for
+    weights = {"state_dict": network.model.state_dict()}
+    save_checkpoint(path, {**description(network), **origin, **weights})
 
 
 def read_pth(network: Trained, path: Path) -> tuple[str, Function]:

@@ -61,7 +61,7 @@ def predict_all(_, args: argparse.Namespace) -> None:
 
 def find_photographs(where: Path, output: Path) -> list[Path]:
     """The photograph that was named, or all in a folder; UserError where there is none, where two have
-    one name, and where the output would stand among them."""
+    one name, and where the output is a file or would stand among them."""
     with reading("the input", where):
         folder = where if where.is_dir() else where.parent
         found = [where]
@@ -69,6 +69,8 @@ def find_photographs(where: Path, output: Path) -> list[Path]:
             found = sorted(path for path in where.iterdir() if path.suffix.lower() in ENDINGS)
     if not found:
         raise UserError(f"no image in {where}: give one, or a folder with any of {' '.join(ENDINGS)}")
+    if output.is_file():
+        raise UserError(f"{output} is a file: give --output a folder")
     if output.resolve() == folder.resolve():
         raise UserError(f"the photographs lie in {output}: give --output another folder")
     names = [path.stem for path in found]

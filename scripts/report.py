@@ -143,6 +143,20 @@ def published_lines(folder: Path, last: int) -> list[str]:
     return [f"{'published':<16}{'hIoU':>8}{'all':>8}", *lines, SOURCE] if lines else []
 
 
+def tests_of_steps(folder: Path, steps: Sequence[int]) -> dict[str, list[int]]:
+    """How the steps of a run were tested, in words, and which of them so; those that do not say are
+    left out."""
+    tests = {}
+    for step in steps:
+        place = folder / f"step_{step}"
+        try:
+            words = how_tested(load_config(place / "config.json")[0].data)
+        except (UserError, OSError):
+            continue
+        tests.setdefault(f"{words}, {val_images(place) or '?'} images", []).append(step)
+    return tests
+
+
 def run_figure(steps: dict[int, dict], title: str) -> Figure:
     """The means of a run over the steps, as read_steps gives them: a line for each that exists."""
     figure = Figure(figsize=(6, 4))
@@ -164,6 +178,10 @@ def report_run(folder: Path) -> None:
     for step in steps:
         if is_stale(place := folder / f"step_{step}", model_before(place)):
             print(f"\nstep {step} was trained from another model of step {step - 1} than is there now")
+    tests = tests_of_steps(folder, list(steps))
+    if len(tests) > 1:
+        found = (f"{', '.join(map(str, of))}: {words}" for words, of in tests.items())
+        print(f"\nthe steps were tested in different ways, not to be compared: {'; '.join(found)}")
     lines = published_lines(folder, max(steps))
     if lines:
         print("", *lines, sep="\n")

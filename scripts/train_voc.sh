@@ -16,7 +16,7 @@ fi
 TASK=$1 SETTING=$2
 shift 2
 for flag in "$@"; do
-    case $flag in -h | --help | --task_step* | -r | --resume* | --test | --prev_checkpoint*)
+    case $flag in -h | --help | --task_step* | -r* | --resume* | --test | --prev_checkpoint*)
         echo "error: $flag is for a single step, with train_voc.py: this script trains all of them" >&2
         exit 2 ;;
     esac

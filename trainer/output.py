@@ -156,11 +156,16 @@ def has_results(folder: Path) -> bool:
     return read_results(folder) is not None
 
 
+def was_replaced(path: Path) -> bool:
+    """Whether a step's final checkpoint, at path, is known to be another one than it ended with."""
+    known = read_record(path.parent).get("final")
+    return known is not None and path == final_checkpoint(path.parent) and content_digest(path) != known
+
+
 def _check_unchanged(folder):
     """Raise UserError if the final checkpoint of a finished step is not the one that it ended with."""
     path = final_checkpoint(folder)
-    known = read_record(folder).get("final")
-    if path and known is not None and content_digest(path) != known:
+    if path and was_replaced(path):
         raise UserError(
             f"{path} has changed since its step was finished: restore it from a copy, or train the "
             "step anew with --overwrite"

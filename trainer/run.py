@@ -118,6 +118,10 @@ def _evaluate(config, path, score=0.5):
     data.describe()
     model, content = output.read_model(path, data, config.arch.args.backbone, data.step)
     model.to(device(), memory_format=torch.channels_last)
+    if output.was_replaced(path):
+        log.warning(
+            f"{path} has changed since its step was finished: these results are not that step's"
+        )
     found = {split: data.digest(split) for split in SPLITS}
     known = found | content.get("made_from", {})
     if known["val"] != found["val"]:

@@ -222,3 +222,12 @@ def test_processes_of_a_loader_end_with_one_that_is_killed(tmp_path):
     while any(worker.exists() for worker in workers):
         assert time.monotonic() < limit, "a process of a loader outlives the one it works for"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_each_split_has_its_own_crop(voc_root, tmp_path, split):
+    config = small_config(voc_root, tmp_path)
+    getattr(config.data, split).args.transform_args.crop_size = 48
+    data = StepData(config)
+    assert data.evaluation(split)[0][0]["image"].shape == (3, 48, 48)
+    assert data.training().transform.size == [64, 64]

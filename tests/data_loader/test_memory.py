@@ -421,6 +421,16 @@ class TestReplay:
     def data(self, voc_root):
         return step_data(voc_root, 1, 12, task_name="15-1_b")
 
+    def test_around_an_instance_is_the_mean_colour_inside_its_box_too(self, data, tmp_path):
+        """Resampling mixes the pixels at its border with what lies there."""
+        memory = kept_memory(data, tmp_path / "memory", None)
+        inside = 0
+        for i in range(len(memory)):
+            image, label = memory.replay(i)
+            assert (image[:, label == 0] == torch.tensor([[124], [116], [104]])).all()
+            inside += int((memory.labels[i] == 0).sum())
+        assert inside
+
     def test_an_entry_alone_is_zero_outside_after_normalisation(self, data, tmp_path):
         memory = kept_memory(data, tmp_path / "memory", None)
         order = data.task.steps[0]

@@ -356,6 +356,11 @@ class TestClassCombination:
         arguments = PasteArgs(on_replay=on_replay), squares(7), label_map(), label_map(2, 5), 7
         assert {r for r in (0, 1) if plans(*arguments, replayed=bool(r)).used.any()} == onto
 
+    def test_a_class_given_in_one_place_is_no_potential_class_in_another(self):
+        given, labels = label_map(2), label_map(2, 2, 3, 4)  # row 0 is given, row 1 a pseudo label
+        plan = plans(PasteArgs(), squares(7), given, labels, 7)
+        assert all(sorted(chosen) == [3, 4] for chosen in chosen_sets(plan))
+
 
 class TestSelectionAndPosition:
     def test_every_entry_of_a_list_is_drawn_and_no_other(self):
@@ -601,6 +606,12 @@ class TestViews:
         for augment, low, high in (("crop", 0.4, 0.6), ("stretch", 0.4, 0.6), ("off", 0, 0)):
             plan = plans(PasteArgs(augment=augment), squares(7), label_map(), label_map(), 7)
             assert low <= plan.mirror.float().mean() <= high
+
+    def test_a_border_on_the_centre_of_a_pixel(self):
+        """Of 32 pixels shown as 48, three rows and five columns end at 4.5 and 7.5."""
+        window = {"top": 0, "left": 0, "height": 32, "width": 32}
+        found = _cropped(np.ones((3, 5), dtype=bool), (0, 0, 40, 40), window, 48)
+        assert found == [0, 0, 3, 5, 4, 7]
 
 
 class TestRandomNumbers:

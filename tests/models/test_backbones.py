@@ -95,6 +95,15 @@ def timm():
     return pytest.importorskip("timm")
 
 
+def test_the_weights_of_resnets_are_those_that_the_method_names():
+    assert {
+        name: weights.url.rpartition("/")[2] for name, (_, weights) in backbones.RESNETS.items()
+    } == {
+        "resnet101": "resnet101-63fe2227.pth",
+        "resnet50": "resnet50-0676ba61.pth",
+    }
+
+
 class TestTimm:
     @pytest.mark.parametrize(
         ("name", "channels"), [(LITE, 320), ("timm/resnet18", 512), ("timm/convnext_atto", 320)]

@@ -141,3 +141,9 @@ def test_freezing_stops_statistics_gradients_and_dropout(tiny):
     frozen = [m for m in tiny.modules() if isinstance(m, torch.nn.BatchNorm2d)]
     assert not any(p.requires_grad for m in frozen for p in m.parameters())
     assert all(p.requires_grad for p in tiny.cls.parameters())
+
+
+def test_classifiers_start_kaiming_normal():
+    torch.manual_seed(0)
+    for classifier in DeepLabV3([200, 300], "tiny").cls[1:]:
+        assert classifier.weight.std().item() == pytest.approx((2 / 256) ** 0.5, rel=0.05)

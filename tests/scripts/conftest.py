@@ -39,6 +39,8 @@ def steps(voc_root: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path
         model = random_model(classes, voc_root, seed=step)
         paths.append(config.step_dir() / "checkpoint-epoch2.pth")
         content = {
+            "format": "eir-1",
+            "ac": 0.0,
             "arch": {"backbone": "tiny", "classes": classes},
             "order": list(range(1, 1 + sum(classes))),
         }

@@ -24,7 +24,7 @@ def test_a_dictionary_of_weights_is_evaluated_as_the_checkpoint(steps, tmp_path,
     assert "9 classes with the background" in result.stdout and "differ" in result.stdout
     content, before = read_checkpoint(output), read_checkpoint(steps[1])
     assert list(content["classes"]) == NAMES and list(content["classes"].values()) == list(range(9))
-    assert content["arch"] == before["arch"] and content["order"] == before["order"]
+    assert all(content[key] == before[key] for key in ("arch", "order", "format", "ac"))
     assert all(torch.equal(v, before["state_dict"][k]) for k, v in content["state_dict"].items())
     written = []
     for path in (steps[1], output):
@@ -92,6 +92,9 @@ def test_the_checkpoint_and_a_file_of_other_output_are_not_written(steps, tmp_pa
     other, before = steps[1], steps[1].read_bytes()
     assert "belongs to a step of a run" in error_line(run(main, "-r", steps[0], "--output", other))
     assert other.read_bytes() == before
+    beside = other.with_name("checkpoint-epoch99.pth")  # would be taken for the step's final one
+    assert "belongs to a step of a run" in error_line(run(main, "-r", steps[0], "--output", beside))
+    assert not beside.exists()
     output = tmp_path / "net.pth"
     for value in (0.0, float("nan")):
         found = torch.full((1,), value)

@@ -233,6 +233,8 @@ def test_what_it_refuses(photographs, steps, tmp_path, run):
     assert "several checkpoints are for --compare" in error_line(run(main, *both, *out))
     assert "no image in" in error_line(run(main, *one, tmp_path, *out))
     assert "the photographs lie in" in error_line(run(main, *one, photographs, "--output", photographs))
+    (file := tmp_path / "a_file").touch()
+    assert "is a file" in error_line(run(main, *one, photographs, "--output", file))
     assert "cannot read the image" in error_line(run(main, *one, tmp_path / "no.jpg", *out))
     assert "and --compare with it" in error_line(run(main, *one, photographs, *out, "--labels", "."))
     none = ("--compare", "--labels", tmp_path / "none")

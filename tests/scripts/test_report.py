@@ -230,6 +230,19 @@ class TestPublished:
         write(tmp_path, make_run(task="19-1", val_images=1449) + own)
         assert "published" not in report(tmp_path, capsys)
 
+    def test_all_numbers_are_those_of_the_source(self):
+        voc = {
+            "19-1": ((56.95, 76.13), (68.14, 77.04)),
+            "15-5": ((67.17, 73.95), (68.96, 74.84)),
+            "15-1": ((57.46, 70.50), (64.09, 72.95)),
+            "10-1": ((57.21, 60.43), (64.89, 66.20)),
+            "5-3": ((61.32, 58.98), (65.02, 63.32)),
+        }
+        ade = {"100-50": (29.42, 35.55), "100-10": (26.79, 34.53), "50-50": (34.77, 34.39)}
+        both = {task: dict(zip(("DKD", "DKD-M"), rows, strict=True)) for task, rows in voc.items()}
+        alone = {task: {"DKD": numbers} for task, numbers in ade.items()}
+        assert {1449: both, 2000: alone} == results.PUBLISHED
+
 
 class TestFigures:
     def test_files_decode_and_are_linked(self, two_seeds, capsys):
@@ -408,6 +421,17 @@ class TestRun:
             text = path.read_text().replace('"by_class": {', '"by_class": {"a": "b", ')
         path.write_text(text)
         assert failure(tmp_path, capsys).startswith(f"error: cannot read the metrics {path}: ")
+
+    def test_steps_that_were_tested_otherwise_are_named(self, tmp_path, capsys):
+        folder = make_steps(tmp_path, 1, val_images=1449)
+        assert "different ways" not in report(folder, capsys)
+        config = load_config(folder / "step_1" / "config.json")[0]
+        config.data.test.args.transform = False
+        write_json(folder / "step_1" / "config.json", config.to_dict())
+        assert (
+            "the steps were tested in different ways, not to be compared: "
+            "0: centre crop 512, 1449 images; 1: whole, 1449 images"
+        ) in report(folder, capsys)
 
     def test_changed_numbers_are_refused_and_a_stale_step_is_named(self, tmp_path, capsys):
         folder = make_steps(tmp_path, 1)

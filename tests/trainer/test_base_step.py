@@ -13,6 +13,7 @@ from tests.helpers import small_config, snapshot
 from tests.trainer.steps import assert_same, assert_same_step, raw_batch, run, silent_meter
 from trainer import base, base_step, output, setup
 from trainer.base_step import BaseStep
+from trainer.meter import Meter
 from trainer.setup import precision
 from trainer.validation import Validation
 from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint
@@ -519,3 +520,11 @@ class TestMixedPrecision:
         supported = lambda including_emulation=True: native or including_emulation  # noqa: E731
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
         assert precision(Config(**changes), torch.device(device)) == dtype
+
+
+def test_the_losses_of_an_epoch_are_means_over_its_iterations():
+    meter = Meter("", 3, torch.device("cpu"), shown=False)
+    for bce in (1.0, 2.0, 6.0):
+        meter.record({"bce": torch.tensor(bce), "ac": torch.tensor(1.0)}, ["a", "b"])
+    assert meter.read() == {"bce": 3.0, "ac": 1.0}
+    assert meter.means() == {"loss": 4.0, "bce": 3.0, "ac": 1.0}

@@ -16,7 +16,7 @@ from models import DeepLabV3
 from tests.helpers import small_config
 from trainer import run
 from trainer.evaluate import confusion_matrix, evaluate
-from utils.checkpoint import final_checkpoint
+from utils.checkpoint import final_checkpoint, read_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 CPU = torch.device("cpu")
@@ -146,6 +146,21 @@ def test_other_data_than_the_trainings_are_named(own_root, tmp_path, warnings, m
         assert any(words in text for text in warnings)
     iou = json.loads(result.read_text())["Mean_Intersection_over_Union"]
     assert iou["by_class"]["bird"] == 0 and iou["without_images"] == ["bottle"]
+
+
+def test_a_final_checkpoint_that_was_replaced_is_named(own_root, tmp_path, warnings, monkeypatch):
+    monkeypatch.setattr(run, "set_up_logging", lambda *_: None)
+    config = small_config(own_root, tmp_path, epochs=1)
+    run.train(config, TrainCall())
+    path = final_checkpoint(config.step_dir())
+    run.evaluate_checkpoint(config, EvalCall(resume=str(path)))
+    assert not any("has changed" in text for text in warnings)
+    content = read_checkpoint(path)
+    content["state_dict"]["cls.1.bias"] += 5
+    save_checkpoint(path, content)
+    run.evaluate_checkpoint(config, EvalCall(resume=str(path)))
+    words = f"{path} has changed since its step was finished: these results are not that step's"
+    assert warnings.count(words) == 1
 
 
 def test_logits_that_are_no_numbers_are_an_error(voc_root, tmp_path, model):

@@ -851,3 +851,12 @@ class TestPseudoLabelsOfWholeImages:
         assert call("--overwrite", pseudo_thresh=0.1).returncode == 0
         assert kept.items() <= snapshot(folder).items() and not half.exists()
         assert json.loads(made.read_text())["threshold"] == 0.1
+
+
+def test_another_crop_of_the_test_changes_no_training(step_1):
+    test = "data_loader__args__test__args__transform_args__crop_size"
+    trainer = step_1(pseudo_labels="image", **{test: 48})
+    assert trainer.data.evaluation("test")[0][0]["image"].shape == (3, 48, 48)
+    assert raw_batch(trainer)["image"].shape[2:] == (64, 64) and trainer.paste.crop_size == 64
+    made_from = json.loads((trainer.dataset.pseudo.folder / "made_from.json").read_text())
+    assert made_from["shorter_side"] == 64

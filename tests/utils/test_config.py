@@ -277,6 +277,22 @@ class TestExperiment:
         plain, other = with_flags("--task_step", 1), with_flags("--task_step", 1, *flags)
         assert differences(plain, other) and differences(other, plain)
 
+    def test_options_without_a_flag_count_where_they_are_used(self):
+        paths = {"hyperparameter.paste.cell": 100, "hyperparameter.paste.beta": 0.4}
+
+        def changed(*flags):
+            config = with_flags(*flags)
+            for path, value in paths.items():
+                put(config, path, value)
+            return [*differences(with_flags(*flags), config)]
+
+        assert changed("--task_step", 0) == changed("--task_step", 1, "--replay", "image") == []
+        assert changed("--task_step", 1, "--fusion", "off") == ["hyperparameter.paste.cell"]
+        assert changed("--task_step", 1) == [*paths]
+        paths = {"data_loader.args.test.batch_size": 1, "arch.args.backbone_pretrained": False}
+        assert changed("--task_step", 1) == []
+        assert changed("--task_step", 0) == ["arch.args.backbone_pretrained"]
+
     def test_fill_ins_count_without_positions(self):
         later = ("--task_step", 1, "--position", "off")
         plain, other = with_flags(*later), with_flags(*later, "--fill_in", "none")
