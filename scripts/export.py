@@ -107,10 +107,8 @@ def package(name: str, needed_for: str):
 
 
 def write_pth(network: Trained, path: Path) -> None:
-    content = read_checkpoint(network.path)
-    origin = {key: content[key] for key in ("format", "ac") if key in content}  # what cls.0 stands for
     weights = {"state_dict": network.model.state_dict()}
-    save_checkpoint(path, {**description(network), **origin, **weights})
+    save_checkpoint(path, {**description(network), **network.origin, **weights})
 
 
 def read_pth(network: Trained, path: Path) -> tuple[str, Function]:

@@ -18,13 +18,17 @@ from utils.errors import UserError
 
 @dataclass
 class Trained:
-    """A network in evaluation mode on this process's device, and what its channels stand for."""
+    """A network in evaluation mode on this process's device, and what its channels stand for.
+
+    origin: the keys of its checkpoint that tell whether cls.0 is DKD's auxiliary classifier.
+    """
 
     path: Path
     model: DeepLabV3
     config: Config
     task: Task
     step: int
+    origin: dict
 
     @property
     def ids(self) -> list[int]:
@@ -94,4 +98,5 @@ def read_trained(path: Path, args: argparse.Namespace) -> Trained:
         step = max(len(classifiers) - 2, 0)
     check_step(task, step)
     model = make_model(content, path, task, config.arch.args.backbone, step)
-    return Trained(path, model.to(device()).eval(), config, task, step)
+    origin = {key: content[key] for key in ("format", "ac") if key in content}
+    return Trained(path, model.to(device()).eval(), config, task, step, origin)
